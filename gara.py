@@ -1,0 +1,469 @@
+"""GaRA, gated-rank adaptation: low-rank adapters whose rank-1 components a gate switches on and off for each image.
+
+An adapter adds B A to a frozen weight W, a sum of rank-1 components b_i a_i^T. LoRA always uses all of them. GaRA looks at the
+image and decides which to use, in two steps (equation numbers are the paper's): one gate picks the lower-rank or the
+higher-rank set of components (eq. 2), another then switches single components of that set (eq. 4, 5). For an attention layer
+with input tokens x:
+
+    h = mean of x over the image's tokens
+    g = gumbel_sigmoid(G_0(h))                                               0: lower-rank set, 1: higher-rank set
+    m = [(1 - g) gumbel_sigmoid(G_l(h)), g gumbel_sigmoid(G_h(h))]           one 0 or 1 per component
+    y = x (W + B diag(m) A)^T + b                                            (eq. 7), for q, k and v
+
+Everything else is a special case of the mask m, so there is one adapter (`Adapter`), one operation (`gated_linear`) and four
+gates: `gara`; `gara_flat`, one set without the first decision; `lora`, m = 1; `moe_lora`, one block of components out of several.
+
+    sam = gara.attach(build_sam("vit_b", "sam_vit_b_01ec64.pth"), "gara")    # frozen, adapted; same outputs until trained
+    optimizer = torch.optim.Adam(p for p in sam.parameters() if p.requires_grad)
+    gara.save_adapter(sam, "gara.pt")                                        # the adapter alone
+    gara.load_adapter(build_sam("vit_b", "sam_vit_b_01ec64.pth"), "gara.pt")
+
+    python gara.py --backbone vit_b                                          # what it costs: parameters and time
+
+Letters: N images, n tokens of an image, d width, r components, G weight matrices side by side (3: q, k and v).
+"""
+import argparse
+import hashlib
+import math
+import os
+import pickle
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+METHODS = ("gara", "gara_flat", "lora", "moe_lora")
+# Options of each method and their defaults: the paper's ranks. The tiny vit_t is 160 wide instead of 768, so its ranks shrink
+# in about the same proportion.
+OPTIONS = {"gara": dict(rank_low=16, rank_high=256, temperature=0.5), "gara_flat": dict(rank=16, temperature=0.5),
+           "lora": dict(rank=16), "moe_lora": dict(experts=(2, 16, 128, 256), temperature=0.5)}
+OPTIONS_VIT_T = {"gara": dict(rank_low=4, rank_high=48), "gara_flat": dict(rank=4), "lora": dict(rank=4),
+                 "moe_lora": dict(experts=(1, 4, 24, 48))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operation.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gated_linear(x, weight, bias, A, B, mask):
+    """y = x (W + B diag(m) A)^T + b with a mask m per image: equation 7 for a batch of images.
+
+    x (N, ..., d) tokens of N images; weight (G * o, d) and bias (G * o,): G matrices of o rows, one below the other;
+    A (G, r, d), B (G, o, r), or without the leading G when there is one; mask (N, r), any real numbers. -> (N, ..., G * o)
+
+    Two forms give the same y: `merged` builds each image's W + B diag(m) A and multiplies x by it; `factored` multiplies x by A,
+    m and B in turn. With n tokens, merging costs r o d and the factors n r (o + d) multiplications, so merging wins as soon as
+    an image has more than o d / (o + d) tokens; for SAM's 4096 it is 11 (vit_b) to 6 (vit_h) times cheaper. The backward pass
+    chooses likewise, keeps no activation beyond x, and computes W + B diag(m) A anew. No size depends on the mask's content,
+    so nothing waits for the GPU and graphs capture. Under autocast, the merged form adds the update to W in W's own precision:
+    added in bfloat16, a small update would vanish in the rounding.
+    """
+    if A.dim() == 2:
+        A, B = A[None], B[None]
+    N, shape = x.shape[0], x.shape[:-1]
+    if mask.shape != (N, A.shape[1]) or B.shape != (A.shape[0], weight.shape[0] // A.shape[0], A.shape[1]):
+        raise ValueError(f"gated_linear: x {tuple(x.shape)}, weight {tuple(weight.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)} "
+                         f"and mask {tuple(mask.shape)} do not fit together")
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    with torch.autocast(x.device.type, enabled=False):
+        return GatedLinear.apply(x.reshape(N, -1, x.shape[-1]), weight, bias, A, B, mask).view(*shape, -1)
+
+
+def merged_weight(weight, A, B, mask, dtype):
+    """W + B diag(m) A for each image: (N, G * o, d). Multiplied in `dtype`, added in W's."""
+    update = (B.to(dtype) * mask.to(dtype)[:, None, None, :]) @ A.to(dtype)  # (N, G, o, r) @ (G, r, d)
+    return (weight + update.flatten(1, 2)).to(dtype)
+
+
+FORM = "cheaper"  # or "merged", or "factored": for tests and for timing
+
+
+def choose_merged(merged_cost, factored_cost):
+    """Which form to take, by the number of multiplications."""
+    return FORM == "merged" or FORM == "cheaper" and merged_cost <= factored_cost
+
+
+class GatedLinear(torch.autograd.Function):
+    """`gated_linear` on x (N, n, d), with its own backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, mask):
+        ctx.save_for_backward(x, weight, A, B, mask)
+        n, (G, o, r), d = x.shape[1], B.shape, x.shape[2]
+        if choose_merged(r * o * d, n * r * (o + d)):
+            return torch.baddbmm(bias.to(x.dtype), x, merged_weight(weight, A, B, mask, x.dtype).mT)
+        hidden = (x[:, None] @ A.to(x.dtype).mT) * mask.to(x.dtype)[:, None, None, :]  # (N, G, n, r)
+        update = hidden @ B.to(x.dtype).mT  # (N, G, n, o)
+        return F.linear(x, weight.to(x.dtype), bias.to(x.dtype)) + update.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def backward(ctx, dy):  # (N, n, G * o)
+        x, weight, A, B, mask = ctx.saved_tensors
+        n, (G, o, r), d, dtype = x.shape[1], B.shape, x.shape[2], x.dtype
+        need_x, need_weight, need_bias, *need_adapter = ctx.needs_input_grad
+        dx = dweight = dbias = dA = dB = dmask = None
+        if choose_merged(3 * r * o * d + n * o * d, n * r * (2 * o + 3 * d)):
+            if need_x:
+                dx = dy @ merged_weight(weight, A, B, mask, dtype)
+            if any(need_adapter):
+                D = (dy.mT @ x).unflatten(1, (G, o))  # (N, G, o, d): the gradient of each image's merged weight
+                P = (B.to(dtype).mT @ D).float() if dtype != torch.float64 else B.mT @ D  # (N, G, r, d)
+                m = mask.to(P.dtype)
+                dA = torch.einsum("nr,ngrd->grd", m, P)
+                dB = torch.einsum("nr,ngor->gor", m, (D @ A.to(dtype).mT).to(P.dtype))
+                dmask = (P * A.to(P.dtype)).sum((1, 3))
+        else:
+            dy_ = dy.unflatten(2, (G, o)).transpose(1, 2)  # (N, G, n, o)
+            t, m = dy_ @ B.to(dtype), mask.to(dtype)[:, None, None, :]  # (N, G, n, r)
+            if need_x:
+                dx = dy @ weight.to(dtype) + ((t * m) @ A.to(dtype)).sum(1)
+            if any(need_adapter):
+                u = x[:, None] @ A.to(dtype).mT  # (N, G, n, r)
+                dA = ((t * m).mT @ x[:, None]).sum(0, dtype=A.dtype)
+                dB = (dy_.mT @ (u * m)).sum(0, dtype=B.dtype)
+                dmask = (t.to(mask.dtype) * u.to(mask.dtype)).sum((1, 2))
+        if need_weight:
+            dweight = (dy.flatten(0, 1).mT @ x.flatten(0, 1)).to(weight.dtype)
+        if need_bias:
+            dbias = dy.sum((0, 1), dtype=weight.dtype)
+        return dx, dweight, dbias, *(None if g is None else g.to(t.dtype) for g, t in zip((dA, dB, dmask), (A, B, mask)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The gates: h (N, d) -> mask (N, r) and space (N,), what was chosen: 0 or 1 for GaRA, the expert for MoE-LoRA, else 0.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gumbel_sigmoid(logits, temperature=0.5, training=True):
+    """Binary decisions with a gradient (eq. 3 and 6): 0. or 1., in the shape of logits.
+
+    Training: s = sigmoid((logits + e) / temperature), e logistic noise (the difference of two Gumbel variables); forward
+    1[s > 0.5], gradient of s. Otherwise 1[logits > 0], without noise.
+    """
+    if not training:
+        return (logits > 0).to(logits.dtype)
+    u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+    s = ((logits + u.log() - (-u).log1p()) / temperature).sigmoid()
+    hard = (s > 0.5).to(s.dtype)
+    return hard + (s - s.detach())  # s - s is exactly 0: the value is hard, the gradient that of s
+
+
+def mlp(*widths):
+    """Linear layers with GELU, the encoder's own activation, between them."""
+    layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.GELU())]
+    return nn.Sequential(*layers[:-1])
+
+
+class GaraGate(nn.Module):
+    """Gating 1 chooses between the two sets of components, gating 2 among the components of the chosen set."""
+
+    def __init__(self, d, rank_low, rank_high, temperature):
+        super().__init__()
+        self.rank, self.temperature = rank_low + rank_high, temperature
+        self.G_0 = mlp(d, d // 2, 1)
+        self.G_l = mlp(d, d // 2, d // 4, rank_low)
+        self.G_h = mlp(d, d // 2, d // 4, rank_high)
+
+    def forward(self, h):
+        g, low, high = (gumbel_sigmoid(G(h), self.temperature, self.training) for G in (self.G_0, self.G_l, self.G_h))
+        return torch.cat([(1 - g) * low, g * high], dim=1), g[:, 0].long()
+
+
+class FlatGate(nn.Module):
+    """Gating 2 alone, on one set ("w/o Gating 1" of the paper's ablation)."""
+
+    def __init__(self, d, rank, temperature):
+        super().__init__()
+        self.rank, self.temperature = rank, temperature
+        self.G = mlp(d, d // 2, d // 4, rank)
+
+    def forward(self, h):
+        return gumbel_sigmoid(self.G(h), self.temperature, self.training), torch.zeros(len(h), dtype=torch.long, device=h.device)
+
+
+class OpenGate(nn.Module):
+    """LoRA: every component, always."""
+
+    def __init__(self, d, rank):
+        super().__init__()
+        self.rank = rank
+
+    def forward(self, h):
+        return h.new_ones(len(h), self.rank), torch.zeros(len(h), dtype=torch.long, device=h.device)
+
+
+class ExpertGate(nn.Module):
+    """MoE-LoRA: one of several blocks of components, by a softmax gate (straight-through Gumbel-softmax in training)."""
+
+    def __init__(self, d, experts, temperature):
+        super().__init__()
+        self.rank, self.temperature = sum(experts), temperature
+        self.G = mlp(d, d // 2, len(experts))
+        block_of = torch.tensor([i for i, size in enumerate(experts) for _ in range(size)])  # (r,) component -> its expert
+        self.register_buffer("block_of", block_of, persistent=False)
+
+    def forward(self, h):
+        logits = self.G(h)
+        if self.training:
+            choice = F.gumbel_softmax(logits, self.temperature, hard=True)
+        else:
+            choice = F.one_hot(logits.argmax(1), logits.shape[1]).to(logits.dtype)
+        return choice[:, self.block_of], choice.argmax(1)
+
+
+GATES = {"gara": GaraGate, "gara_flat": FlatGate, "lora": OpenGate, "moe_lora": ExpertGate}
+
+
+class Adapter(nn.Module):
+    """Stands in for an attention layer's `qkv`: the frozen weight and bias (under their old names), A, B and the gate.
+
+    q, k and v have an A and a B each and share the gate. A starts as nn.Linear's weight does, B at zero: no change at first.
+    """
+
+    def __init__(self, linear, gate):
+        super().__init__()
+        self.weight, self.bias, self.gate = linear.weight, linear.bias, gate
+        d, like = linear.in_features, dict(device=linear.weight.device, dtype=linear.weight.dtype)
+        self.A = nn.Parameter(torch.empty(3, gate.rank, d, **like).uniform_(-d ** -0.5, d ** -0.5))
+        self.B = nn.Parameter(torch.zeros(3, d, gate.rank, **like))
+        self.mask = self.space = None  # the last decisions, for gates()
+
+    def forward(self, x):  # (N, H, W, d) -> (N, H, W, 3d)
+        with torch.autocast(x.device.type, enabled=False):  # decisions near a threshold should not depend on rounding
+            h = x.flatten(1, -2).to(self.A.dtype).mean(1)  # (N, d); where a picture is padded, its padding counts as well
+            mask, space = self.gate(h)
+        self.mask, self.space = mask.detach(), space
+        return gated_linear(x, self.weight, self.bias, self.A, self.B, mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a SAM: attach, look at, take off, save, load.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def adapters(sam):
+    """The adapters of a SAM, layer by layer; empty when there are none."""
+    return [block.attn.qkv for block in sam.image_encoder.blocks if isinstance(block.attn.qkv, Adapter)]
+
+
+def attach(sam, method="gara", **options):
+    """Freeze `sam` and adapt q, k and v of every encoder layer. Returns sam, whose outputs are the same until it is trained.
+
+    Options: gara rank_low=16, rank_high=256, temperature=0.5; gara_flat rank=16, temperature; lora rank=16;
+    moe_lora experts=(2, 16, 128, 256), temperature (vit_t: smaller defaults). ValueError for what makes no sense.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    if adapters(sam):
+        raise ValueError(f"this SAM carries an adapter ({sam.adapter['method']}) already: detach(sam) first")
+    known = OPTIONS[method] | (OPTIONS_VIT_T[method] if sam.backbone == "vit_t" else {})
+    unknown = sorted(options.keys() - known.keys())
+    if unknown:
+        raise ValueError(f"{method} has no option {unknown[0]}: it has {', '.join(known)}")
+    options, d = known | options, sam.image_encoder.blocks[0].attn.qkv.in_features
+    if isinstance(options.get("experts"), list):
+        options["experts"] = tuple(options["experts"])
+    ranks = options.get("experts") or [options[key] for key in options if key.startswith("rank")]
+    sound = isinstance(ranks, (list, tuple)) and all(type(rank) is int and 0 < rank <= 4 * d for rank in ranks)
+    temperature = options.get("temperature", 1.0)
+    if not sound or type(temperature) not in (int, float) or not 0 < temperature < math.inf:
+        raise ValueError(f"{method} with {options}: ranks are whole numbers from 1 to {4 * d}, the temperature is above 0")
+    sam.requires_grad_(False)
+    for block in sam.image_encoder.blocks:
+        gate = GATES[method](d, **options).to(block.attn.qkv.weight)
+        block.attn.qkv = Adapter(block.attn.qkv, gate).train(block.attn.training)
+    sam.adapter = dict(method=method, options=options)
+    return sam
+
+
+def detach(sam):
+    """Take the adapter off: plain SAM again, its own weights untouched and trainable. Returns sam."""
+    for block in sam.image_encoder.blocks:
+        if isinstance(block.attn.qkv, Adapter):
+            old = block.attn.qkv
+            with torch.device("meta"):
+                block.attn.qkv = nn.Linear(old.weight.shape[1], old.weight.shape[0])
+            block.attn.qkv.weight, block.attn.qkv.bias = old.weight, old.bias
+    sam.adapter = None
+    return sam.requires_grad_(True)
+
+
+def gates(sam):
+    """What each layer chose for each of the N images of the last forward pass, as Figure 6 shows it: a list of dicts,
+
+    layer: its number; space (N,): 0 lower-rank, 1 higher-rank (moe_lora: the expert); vector (N, r) bool: the components in
+    use, those of the lower-rank space first; count (N,): how many. RuntimeError before any forward pass.
+    """
+    layers = adapters(sam)
+    if not layers or layers[0].mask is None:
+        raise RuntimeError("no gates yet: attach an adapter and encode an image first")
+    return [dict(layer=i, space=a.space, vector=a.mask > 0.5, count=(a.mask > 0.5).sum(1)) for i, a in enumerate(layers)]
+
+
+def adapter_state(sam):
+    """The adapter's own parameters by name: those under `qkv` that plain SAM does not have."""
+    return {key: value for key, value in sam.state_dict().items()
+            if ".attn.qkv." in key and not key.endswith((".qkv.weight", ".qkv.bias"))}
+
+
+def fingerprint(sam):
+    """Hex digest that tells base models apart: a thousand or so evenly spaced values of each frozen tensor, as bfloat16."""
+    own, digest = adapter_state(sam), hashlib.sha256()
+    for key, value in sorted(sam.state_dict().items()):
+        if key not in own:
+            sample = value.flatten()[::max(1, value.numel() // 1024)].to(torch.bfloat16).view(torch.int16)
+            digest.update(key.encode() + sample.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_adapter(sam, path, **meta):
+    """Write the adapter alone (no base weights), with its options and the base model's fingerprint. `meta` is kept with it:
+    numbers, strings, tensors, and lists or dicts of these. ValueError when there is none, or when it holds NaN."""
+    if not adapters(sam):
+        raise ValueError("this SAM carries no adapter: attach(sam) first")
+    weights = {key: value.detach().cpu() for key, value in adapter_state(sam).items()}
+    for key, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(f"not saved: {key} holds NaN or infinite values")
+    content = dict(format="gara-sam adapter 1", backbone=sam.backbone, base=fingerprint(sam), **sam.adapter, weights=weights, meta=meta)
+    try:
+        torch.save(content, f"{path}.part")
+        os.replace(f"{path}.part", path)
+    finally:
+        if os.path.exists(f"{path}.part"):
+            os.remove(f"{path}.part")
+
+
+def read_adapter(path):
+    """The content of an adapter file. FileNotFoundError, or ValueError in one line, when it is none."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no adapter file at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not a readable adapter file (cut off?): {(str(error) or type(error).__name__).splitlines()[0][:80]}") from error
+    if not isinstance(content, dict) or content.get("format") != "gara-sam adapter 1":
+        sam_file = isinstance(content, dict) and "image_encoder.pos_embed" in content
+        raise ValueError(f"{path} is not an adapter file of this project"
+                         + (" but a SAM checkpoint: give it with --checkpoint" if sam_file else ""))
+    for key, kind in dict(backbone=str, base=str, method=str, options=dict, weights=dict, meta=dict).items():
+        if not isinstance(content.get(key), kind):
+            raise ValueError(f"{path} is damaged: its entry {key!r} is missing or no {kind.__name__}")
+    return content
+
+
+def load_adapter(sam, path):
+    """Attach the adapter in `path` (or fill the equal one that sam carries) and return the `meta` it was saved with.
+
+    Strict: FileNotFoundError or ValueError, in one line, for a missing or damaged file, another backbone, other base weights,
+    or a key that is missing, unknown, of another shape or not finite. sam is then unchanged.
+    """
+    content = read_adapter(path)
+    if content["backbone"] != sam.backbone:
+        raise ValueError(f"{path} adapts {content['backbone']}, this SAM is {sam.backbone}: say --backbone {content['backbone']}")
+    if content["base"] != fingerprint(sam):
+        raise ValueError(f"{path} was trained on other {sam.backbone} weights than these (fingerprint {content['base']}, here "
+                         f"{fingerprint(sam)}): give the checkpoint it was trained on with --checkpoint")
+    config = dict(method=content["method"], options=content["options"])
+    if adapters(sam) and sam.adapter != config:
+        raise ValueError(f"{path} is {config['method']} {config['options']}, this SAM carries {sam.adapter['method']} "
+                         f"{sam.adapter['options']}: detach(sam) first")
+    fresh, trainable = not adapters(sam), [p.requires_grad for p in sam.parameters()]
+    if fresh:
+        attach(sam, config["method"], **config["options"])
+    expected, weights = adapter_state(sam), content["weights"]
+    wrong = sorted(expected.keys() ^ weights.keys()) or [
+        key for key, value in expected.items()
+        if getattr(weights[key], "shape", None) != value.shape or not weights[key].isfinite().all()]
+    if wrong:
+        if fresh:
+            detach(sam)
+            for p, flag in zip(sam.parameters(), trainable):
+                p.requires_grad_(flag)
+        raise ValueError(f"{path}: {wrong[0]} is missing, unknown, of a wrong shape or not finite ({len(wrong)} such keys)")
+    with torch.no_grad():
+        for key, value in expected.items():
+            value.copy_(weights[key])
+    return content["meta"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python gara.py: what it costs.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def costs(backbone, batch, device, repeats=5):
+    """Print learnable parameters of each method, and the time of one layer's q, k and v in plain, factored and merged form."""
+    from sam import BACKBONES, build_sam
+    with torch.device("meta"):
+        for method in METHODS:
+            sam = attach(build_sam(backbone), method)
+            count = sum(p.numel() for p in sam.parameters() if p.requires_grad)
+            print(f"{method:10s} {str(sam.adapter['options']):68s} {count:>12,} parameters {count * 4 / 1e6:8.1f} MB")
+    sizes = BACKBONES[backbone]
+    n, d, r = (sizes["image_size"] // sizes["patch"]) ** 2, sizes["d"], sum(
+        (OPTIONS["gara"] | (OPTIONS_VIT_T["gara"] if backbone == "vit_t" else {}))[key] for key in ("rank_low", "rank_high"))
+    x = torch.randn(batch, n, d, device=device, requires_grad=True)
+    weight, bias = torch.randn(3 * d, d, device=device) * d ** -0.5, torch.randn(3 * d, device=device)
+    A, B = torch.randn(3, r, d, device=device) * d ** -0.5, torch.randn(3, d, r, device=device) * 0.1 * r ** -0.5
+    A.requires_grad_(), B.requires_grad_()
+    mask = torch.ones(batch, r, device=device, requires_grad=True)
+
+    def plain():
+        return F.linear(x, weight, bias)
+
+    def adapted(form):
+        def run():
+            global FORM
+            FORM = form
+            return gated_linear(x, weight, bias, A, B, mask)
+        return run
+
+    forms = {"plain": plain, "factored": adapted("factored"), "merged": adapted("merged")}
+    exact = adapted("factored")().detach()
+    times = {name: ([], []) for name in forms}
+    for _ in range(repeats + 1):  # interleaved, so that a busy machine disturbs all alike; the first round warms up
+        for name, run in forms.items():
+            for kind in (0, 1):
+                with torch.set_grad_enabled(kind == 1):
+                    started = time.perf_counter()
+                    y = run()
+                    if kind:
+                        y.backward(y.detach())
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                times[name][kind].append(time.perf_counter() - started)
+    print(f"\none layer's q, k, v: batch {batch}, {n} tokens, width {d}, rank {r}, float32, {device}, {torch.get_num_threads()} "
+          f"threads, median of {repeats}")
+    print(f"{'form':10s} {'forward ms':>12s} {'with backward ms':>18s} {'largest difference from factored':>34s}")
+    for name, run in forms.items():
+        with torch.no_grad():
+            error = "the base model" if name == "plain" else f"{((run() - exact).abs().max() / exact.abs().max()).item():.1e}"
+        print(f"{name:10s} {1e3 * statistics.median(times[name][0][1:]):12.1f} {1e3 * statistics.median(times[name][1][1:]):18.1f} {error:>34s}")
+    globals()["FORM"] = "cheaper"
+
+
+def main(argv=None):
+    """Print the costs; returns the exit code."""
+    parser = argparse.ArgumentParser(description="What GaRA costs: parameters, and time of one layer.")
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+    parser.add_argument("--backbone", default="vit_b", choices=("vit_t", "vit_b", "vit_l", "vit_h"))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if args.batch < 1:
+        parser.error("--batch must be above 0")
+    try:
+        costs(args.backbone, args.batch, torch.device(args.device))
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

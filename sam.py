@@ -1,0 +1,725 @@
+"""The Segment Anything Model (SAM) in one file: it reads the official checkpoints and gives the official numbers.
+
+SAM answers "which object is meant?" for a picture and a prompt, in three parts:
+
+    ImageEncoder    a Vision Transformer; run once per picture             (N, 3, 1024, 1024) -> (N, 256, 64, 64)
+    PromptEncoder   points, boxes and masks become tokens; nearly free     prompts -> (P, tokens, 256), (P, 256, 64, 64)
+    MaskDecoder     a two-layer transformer between tokens and picture     -> masks (P, 1 or 3, 256, 256) and their scores
+
+`Sam` holds the three, `SamPredictor` has the official class's methods (one picture, many prompts), and
+
+    python sam.py photo.jpg --point 500,375 --out overlay.png --mask mask.png
+
+segments from the command line. Parameter names are the official ones. Letters in shape comments: N images, P prompts
+(each belongs to one image), H x W tokens or pixels, d channels of the encoder, C channels of the decoder, c of one head.
+
+Two things differ from the official code; the numbers don't (README, "Exactness"):
+* `qkv` and `proj` are linear in each token, so they run on the 64 x 64 tokens before these are cut into windows (the
+  official code runs them on the padded windows, 70 x 70 tokens); the padding becomes the bias that they map zeros to.
+* Global attention takes a few rows of queries at a time, so no (heads, 4096, 4096) tensor ever exists.
+"""
+import argparse
+import functools
+import os
+import pickle
+import sys
+import urllib.error
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from torch.utils.checkpoint import checkpoint as recompute
+
+# Sizes of each model. `image_size` is the side of the square that pictures are scaled and padded to; `global_layers` attend
+# over the whole picture, all others within windows; `C` is the width of prompt tokens and mask decoder.
+BACKBONES = {
+    "vit_t": dict(d=160, depth=6, heads=5, global_layers=(1, 3, 5), window=8, image_size=128, patch=8, C=128, mlp=512),
+    "vit_b": dict(d=768, depth=12, heads=12, global_layers=(2, 5, 8, 11), window=14, image_size=1024, patch=16, C=256, mlp=2048),
+    "vit_l": dict(d=1024, depth=24, heads=16, global_layers=(5, 11, 17, 23), window=14, image_size=1024, patch=16, C=256, mlp=2048),
+    "vit_h": dict(d=1280, depth=32, heads=16, global_layers=(7, 15, 23, 31), window=14, image_size=1024, patch=16, C=256, mlp=2048),
+}
+# The official files; the six digits are the first of the file's SHA-256. vit_t is this project's own and comes with it.
+FILES = {"vit_t": "sam_vit_t.pth", "vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth", "vit_h": "sam_vit_h_4b8939.pth"}
+URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+
+
+class CheckpointError(ValueError):
+    """A weights file that is unreadable, foreign, or for another model. The message is one line that says what to do."""
+
+
+class LayerNorm2d(nn.Module):
+    """Layer norm over the channels of (N, C, H, W)."""
+
+    def __init__(self, channels, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+class MLPBlock(nn.Module):
+    """Linear, activation, linear: the feed-forward half of a transformer layer."""
+
+    def __init__(self, width, hidden, activation):
+        super().__init__()
+        self.lin1 = nn.Linear(width, hidden)
+        self.lin2 = nn.Linear(hidden, width)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.lin2(self.activation(self.lin1(x)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image encoder: a ViT whose layers attend within windows, except four that attend over the whole picture.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SCORES_PER_BLOCK = {"cpu": 2**19, "cuda": 2**23}  # of one head in global attention: what the CPU's cache holds; few launches on a GPU
+
+
+def relative_positions(table, size):
+    """(2 * size - 1, c) learned vectors, one per offset -> (size, size, c): [i, j] is the vector of offset i - j."""
+    index = torch.arange(size, device=table.device)
+    return table[index[:, None] - index[None, :] + size - 1]
+
+
+def attend(q, k, v, bias_h, bias_w):
+    """softmax(q k^T / sqrt(c) + bias) v, where the bias of a query for key (y, x) is bias_h[..., y] + bias_w[..., x].
+
+    q (M, heads, Q, c), k and v (M, heads, H * W, c), bias_h (M, heads, Q, H), bias_w (M, heads, Q, W) -> (M, heads, Q, c)
+    """
+    bias = (bias_h[..., :, None] + bias_w[..., None, :]).flatten(-2)  # (M, heads, Q, H * W)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with decomposed relative positions, over windows or (window=0) the whole picture."""
+
+    def __init__(self, d, heads, window, size):
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.qkv = nn.Linear(d, 3 * d)  # the layer that gara.attach adapts
+        self.proj = nn.Linear(d, d)
+        side = window or size
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, d // heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, d // heads))
+
+    def forward(self, x):  # (N, H, W, d) -> (N, H, W, d)
+        N, H, W, d = x.shape
+        qkv = self.qkv(x)  # (N, H, W, 3d)
+        S = self.window or H  # side of the square within which tokens attend
+        ny, nx = -(-H // S), -(-W // S)  # windows down and across
+        if (ny * S, nx * S) != (H, W):  # pad with the bias: what qkv makes of the zeros that the official code pads with
+            padded = self.qkv.bias.to(qkv.dtype).expand(N, ny * S, nx * S, 3 * d).clone()
+            padded[:, :H, :W] = qkv
+            qkv = padded
+        qkv = qkv.view(N, ny, S, nx, S, 3, self.heads, d // self.heads).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        q, k, v = qkv.reshape(3, N * ny * nx, self.heads, S, S, d // self.heads)  # each (M, heads, S, S, c), M windows
+        bias_h = torch.einsum("mhyxc,ykc->mhyxk", q, relative_positions(self.rel_pos_h, S).to(q.dtype)).flatten(2, 3)
+        bias_w = torch.einsum("mhyxc,xkc->mhyxk", q, relative_positions(self.rel_pos_w, S).to(q.dtype)).flatten(2, 3)
+        q, k, v = q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)  # (M, heads, S * S, c)
+        if self.window:
+            x = attend(q, k, v, bias_h, bias_w)
+        else:  # scores are made block by block and, in training, made again on the way back rather than kept
+            queries = min(S * S, max(1, SCORES_PER_BLOCK.get(x.device.type, 2**21) // S**2))
+            keep = queries == S * S or not torch.is_grad_enabled()
+            block = attend if keep else functools.partial(recompute, attend, use_reentrant=False)
+            blocks = zip(*(t.split(queries, dim=2) for t in (q, bias_h, bias_w)))
+            x = torch.cat([block(q_, k, v, h_, w_) for q_, h_, w_ in blocks], dim=2)
+        x = x.view(N, ny, nx, self.heads, S, S, -1).permute(0, 1, 4, 2, 5, 3, 6).reshape(N, ny * S, nx * S, d)
+        return self.proj(x[:, :H, :W])
+
+
+class Block(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, d, heads, window, size):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(d, eps=1e-6)
+        self.attn = Attention(d, heads, window, size)
+        self.norm2 = nn.LayerNorm(d, eps=1e-6)
+        self.mlp = MLPBlock(d, 4 * d, nn.GELU())
+
+    def forward(self, x):  # (N, H, W, d)
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """Cut the picture into patches and map each to a token."""
+
+    def __init__(self, d, patch):
+        super().__init__()
+        self.proj = nn.Conv2d(3, d, kernel_size=patch, stride=patch)
+
+    def forward(self, x):  # (N, 3, image_size, image_size) -> (N, H, W, d)
+        return self.proj(x).permute(0, 2, 3, 1)
+
+
+class ImageEncoder(nn.Module):
+    """ViT with windows and a convolutional neck: (N, 3, image_size, image_size) -> (N, C, H, W), H = W = image_size / patch."""
+
+    def __init__(self, d, depth, heads, global_layers, window, image_size, patch, C):
+        super().__init__()
+        self.img_size = image_size
+        size = image_size // patch
+        self.patch_embed = PatchEmbed(d, patch)
+        self.pos_embed = nn.Parameter(torch.zeros(1, size, size, d))
+        self.blocks = nn.ModuleList(Block(d, heads, 0 if i in global_layers else window, size) for i in range(depth))
+        self.neck = nn.Sequential(nn.Conv2d(d, C, kernel_size=1, bias=False), LayerNorm2d(C),
+                                  nn.Conv2d(C, C, kernel_size=3, padding=1, bias=False), LayerNorm2d(C))
+
+    def forward(self, x):
+        x = self.patch_embed(x) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.neck(x.permute(0, 3, 1, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompt encoder: coordinates become Fourier features plus a learned vector for what they mean.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class PositionEmbeddingRandom(nn.Module):
+    """Positions in the unit square -> sines and cosines of random projections (fixed, and stored in the checkpoint)."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, features))
+
+    def forward(self, xy):  # (..., 2) in [0, 1] -> (..., 2 * features)
+        with torch.autocast(xy.device.type, enabled=False):  # bfloat16 would blur positions to a few pixels
+            angle = 2 * torch.pi * ((2 * xy - 1) @ self.positional_encoding_gaussian_matrix.to(xy.dtype))
+            return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+class PromptEncoder(nn.Module):
+    """Points, boxes and masks -> sparse tokens (P, tokens, C) and a dense map (P, C, H, W).
+
+    Labels of points: 1 object, 0 background, -1 no point (to fill up prompts of different lengths).
+    """
+
+    def __init__(self, C, size, image_size):
+        super().__init__()
+        self.C, self.size, self.image_size = C, size, image_size
+        self.pe_layer = PositionEmbeddingRandom(C // 2)
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, C) for _ in range(4))  # background, object, box corners
+        self.not_a_point_embed = nn.Embedding(1, C)
+        self.mask_downscaling = nn.Sequential(
+            nn.Conv2d(1, 4, kernel_size=2, stride=2), LayerNorm2d(4), nn.GELU(),
+            nn.Conv2d(4, 16, kernel_size=2, stride=2), LayerNorm2d(16), nn.GELU(), nn.Conv2d(16, C, kernel_size=1))
+        self.no_mask_embed = nn.Embedding(1, C)
+
+    def get_dense_pe(self):
+        """Positional encoding of every token of the picture: (1, C, H, W)."""
+        centre = (torch.arange(self.size, device=self.no_mask_embed.weight.device) + 0.5) / self.size
+        y, x = torch.meshgrid(centre, centre, indexing="ij")
+        return self.pe_layer(torch.stack([x, y], dim=-1)).permute(2, 0, 1)[None]
+
+    def embed_coords(self, coords, labels):
+        """Coordinates (P, K, 2) in pixels of the scaled picture and labels (P, K) -> (P, K, C). Labels 2, 3: box corners."""
+        positions = self.pe_layer((coords + 0.5) / self.image_size)  # + 0.5: the centre of the pixel
+        meaning = torch.cat([self.not_a_point_embed.weight] + [e.weight for e in self.point_embeddings])[labels + 1]
+        return torch.where(labels[..., None] < 0, torch.zeros_like(positions), positions) + meaning
+
+    def forward(self, points, boxes, masks):
+        """points: (coords (P, K, 2), labels (P, K)) or None; boxes (P, 4) or None; masks (P, 1, 4H, 4W) logits or None.
+
+        The official rule: points without a box get one "no point" token more, where the box would be.
+        """
+        weight, coords, labels = self.no_mask_embed.weight, [], []
+        P = next((len(p) for p in (points and points[0], boxes, masks) if p is not None), 1)
+        if points is not None:
+            coords.append(points[0].float())
+            labels.append(points[1].long())
+            if boxes is None:
+                coords.append(torch.zeros(P, 1, 2, device=weight.device))
+                labels.append(torch.full((P, 1), -1, device=weight.device))
+        if boxes is not None:
+            coords.append(boxes.float().reshape(P, 2, 2))
+            labels.append(torch.tensor([[2, 3]], device=weight.device).expand(P, 2))
+        sparse = self.embed_coords(torch.cat(coords, 1), torch.cat(labels, 1)) if coords else weight.new_empty(P, 0, self.C)
+        if masks is not None:
+            dense = self.mask_downscaling(masks)
+        else:
+            dense = weight.view(1, -1, 1, 1).expand(P, -1, self.size, self.size)
+        return sparse, dense
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mask decoder: tokens and picture attend to each other, then each mask token becomes a 1x1 convolution over the picture.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention whose inner width may be smaller than its outer width."""
+
+    def __init__(self, C, heads, downsample=1):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(C, C // downsample)
+        self.k_proj = nn.Linear(C, C // downsample)
+        self.v_proj = nn.Linear(C, C // downsample)
+        self.out_proj = nn.Linear(C // downsample, C)
+
+    def forward(self, q, k, v):  # (P, Q, C), (P, K, C), (P, K, C) -> (P, Q, C)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (P, heads, Q or K, c)
+                   for t in (self.q_proj(q), self.k_proj(k), self.v_proj(v)))
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # small: one side is a handful of tokens
+        return self.out_proj((scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
+
+
+class TwoWayAttentionBlock(nn.Module):
+    """Tokens attend to themselves, tokens to the picture, an MLP on the tokens, the picture to the tokens."""
+
+    def __init__(self, C, heads, mlp, first):
+        super().__init__()
+        self.first = first  # the first layer's self-attention has neither positions nor a residual
+        self.self_attn = CrossAttention(C, heads)
+        self.norm1 = nn.LayerNorm(C)
+        self.cross_attn_token_to_image = CrossAttention(C, heads, downsample=2)
+        self.norm2 = nn.LayerNorm(C)
+        self.mlp = MLPBlock(C, mlp, nn.ReLU())
+        self.norm3 = nn.LayerNorm(C)
+        self.norm4 = nn.LayerNorm(C)
+        self.cross_attn_image_to_token = CrossAttention(C, heads, downsample=2)
+
+    def forward(self, tokens, image, token_pe, image_pe):
+        if self.first:
+            tokens = self.self_attn(tokens, tokens, tokens)
+        else:
+            q = tokens + token_pe
+            tokens = tokens + self.self_attn(q, q, tokens)
+        tokens = self.norm1(tokens)
+        tokens = self.norm2(tokens + self.cross_attn_token_to_image(tokens + token_pe, image + image_pe, image))
+        tokens = self.norm3(tokens + self.mlp(tokens))
+        image = self.norm4(image + self.cross_attn_image_to_token(image + image_pe, tokens + token_pe, tokens))
+        return tokens, image
+
+
+class TwoWayTransformer(nn.Module):
+    """Two such layers and a last look of the tokens at the picture. The tokens' own values serve as their positions."""
+
+    def __init__(self, C, heads, mlp, depth=2):
+        super().__init__()
+        self.layers = nn.ModuleList(TwoWayAttentionBlock(C, heads, mlp, first=i == 0) for i in range(depth))
+        self.final_attn_token_to_image = CrossAttention(C, heads, downsample=2)
+        self.norm_final_attn = nn.LayerNorm(C)
+
+    def forward(self, image, image_pe, tokens):  # (P, HW, C), (1, HW, C), (P, T, C) -> tokens, image
+        token_pe = tokens
+        for layer in self.layers:
+            tokens, image = layer(tokens, image, token_pe, image_pe)
+        tokens = tokens + self.final_attn_token_to_image(tokens + token_pe, image + image_pe, image)
+        return self.norm_final_attn(tokens), image
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, *widths):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:]))
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class MaskDecoder(nn.Module):
+    """Picture and prompt tokens -> four masks and their predicted IoU: one for clear prompts, three for ambiguous ones."""
+
+    def __init__(self, C, mlp):
+        super().__init__()
+        self.transformer = TwoWayTransformer(C, heads=8, mlp=mlp)
+        self.iou_token = nn.Embedding(1, C)
+        self.mask_tokens = nn.Embedding(4, C)
+        self.output_upscaling = nn.Sequential(
+            nn.ConvTranspose2d(C, C // 4, kernel_size=2, stride=2), LayerNorm2d(C // 4), nn.GELU(),
+            nn.ConvTranspose2d(C // 4, C // 8, kernel_size=2, stride=2), nn.GELU())
+        self.output_hypernetworks_mlps = nn.ModuleList(MLP(C, C, C, C // 8) for _ in range(4))
+        self.iou_prediction_head = MLP(C, 256, 256, 4)
+
+    def predict_masks(self, image_embeddings, image_pe, sparse, dense):
+        """All four: logits (P, 4, 4H, 4W) and predicted IoU (P, 4)."""
+        P, (C, H, W) = len(sparse), image_embeddings.shape[1:]
+        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (5, C)
+        tokens = torch.cat([output_tokens.expand(P, -1, -1), sparse], dim=1)
+        image = (image_embeddings + dense).flatten(2).transpose(1, 2)  # (P, HW, C)
+        tokens, image = self.transformer(image, image_pe.flatten(2).transpose(1, 2), tokens)
+        upscaled = self.output_upscaling(image.transpose(1, 2).reshape(P, C, H, W))  # (P, C / 8, 4H, 4W)
+        kernels = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=1)
+        return (kernels @ upscaled.flatten(2)).unflatten(-1, upscaled.shape[2:]), self.iou_prediction_head(tokens[:, 0])
+
+    def forward(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output):
+        """image_embeddings (1 or P, C, H, W), sparse (P, T, C), dense (P, C, H, W) -> logits (P, 1 or 3, 4H, 4W), scores."""
+        masks, scores = self.predict_masks(image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings)
+        return (masks[:, 1:], scores[:, 1:]) if multimask_output else (masks[:, :1], scores[:, :1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole model, and its weights.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Sam(nn.Module):
+    """Image encoder, prompt encoder and mask decoder. Gradients flow: only `SamPredictor` runs without them."""
+
+    mask_threshold = 0.0  # a pixel belongs to the mask where its logit is above this
+    image_format = "RGB"
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        sizes = dict(BACKBONES[backbone])
+        mlp = sizes.pop("mlp")
+        self.image_encoder = ImageEncoder(**sizes)
+        self.prompt_encoder = PromptEncoder(sizes["C"], sizes["image_size"] // sizes["patch"], sizes["image_size"])
+        self.mask_decoder = MaskDecoder(sizes["C"], mlp)
+        self.register_buffer("pixel_mean", torch.tensor([123.675, 116.28, 103.53]).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor([58.395, 57.12, 57.375]).view(-1, 1, 1), persistent=False)
+
+    @property
+    def device(self):
+        """Where the model lies."""
+        return self.pixel_mean.device
+
+    def preprocess(self, x):
+        """RGB in 0..255, (3, h, w) or (N, 3, h, w), already scaled to the model's size -> normalised, padded to a square."""
+        side = self.image_encoder.img_size
+        x = (x - self.pixel_mean) / self.pixel_std
+        return F.pad(x, (0, side - x.shape[-1], 0, side - x.shape[-2]))
+
+    def decode(self, image_embeddings, points=None, boxes=None, masks=None, multimask_output=False, image_index=None):
+        """Prompts -> low_res_logits (P, 1 or 3, 4H, 4W) and predicted IoU (P, 1 or 3). Everything that predicts goes through here.
+
+        image_embeddings (N, C, H, W); points: (coords (P, K, 2), labels (P, K)); boxes (P, 4); both in pixels of the scaled
+        picture; masks (P, 1, 4H, 4W). image_index (P,) says which picture each prompt is for; not needed when N is 1.
+        """
+        sparse, dense = self.prompt_encoder(points, boxes, masks)
+        if image_index is not None:
+            image_embeddings = image_embeddings[image_index]
+        return self.mask_decoder(image_embeddings, self.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output)
+
+    def postprocess_masks(self, masks, input_size, original_size):
+        """Low-resolution logits (P, M, 4H, 4W) -> logits (P, M, *original_size): scale up, cut the padding off, scale to fit.
+
+        input_size: (height, width) of the scaled picture before padding; original_size: of the picture itself.
+        """
+        side = self.image_encoder.img_size
+        masks = F.interpolate(masks.float(), (side, side), mode="bilinear", align_corners=False)
+        return F.interpolate(masks[..., :input_size[0], :input_size[1]], original_size, mode="bilinear", align_corners=False)
+
+    def forward(self, batched_input, multimask_output):
+        """The official batch form: a list of dicts, one per picture, -> a list of dicts.
+
+        In: image (3, h, w), original_size (H, W), and any of point_coords (P, K, 2), point_labels (P, K), boxes (P, 4),
+        mask_inputs (P, 1, 4H, 4W). Out: masks (P, M, H, W) bool, iou_predictions (P, M), low_res_logits (P, M, 4H, 4W).
+        """
+        embeddings = self.image_encoder(torch.stack([self.preprocess(x["image"]) for x in batched_input]))
+        outputs = []
+        for x, embedding in zip(batched_input, embeddings):
+            points = (x["point_coords"], x["point_labels"]) if "point_coords" in x else None
+            low_res, scores = self.decode(embedding[None], points, x.get("boxes"), x.get("mask_inputs"), multimask_output)
+            masks = self.postprocess_masks(low_res, x["image"].shape[-2:], x["original_size"]) > self.mask_threshold
+            outputs.append(dict(masks=masks, iou_predictions=scores, low_res_logits=low_res))
+        return outputs
+
+
+def build_sam(backbone="vit_b", checkpoint=None):
+    """A `Sam` in eval mode on the CPU, with the weights of `checkpoint` (a path) or random ones.
+
+    Raises ValueError for an unknown backbone, FileNotFoundError for a missing file and CheckpointError for a wrong one.
+    """
+    if backbone not in BACKBONES:
+        raise ValueError(f"unknown backbone {backbone!r}: choose one of {', '.join(BACKBONES)}")
+    if checkpoint is None:
+        return Sam(backbone).eval()
+    weights = read_checkpoint(checkpoint, backbone)
+    sam = Sam(backbone)
+    sam.load_state_dict(weights, strict=True)
+    return sam.eval()
+
+
+sam_model_registry = {name: functools.partial(build_sam, name) for name in BACKBONES}  # the official notebooks' entry
+
+
+def read_checkpoint(path, backbone):
+    """The state dict in `path`, checked against `backbone` key by key. Raises CheckpointError in one line that says what is wrong."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint at {path}: give an existing file with --checkpoint")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is not a readable PyTorch weights file (cut off while downloading?): fetch it again "
+                              f"({str(error).splitlines()[0][:80] if str(error) else type(error).__name__})") from error
+    position = weights.get("image_encoder.pos_embed") if isinstance(weights, dict) else None
+    if not isinstance(position, torch.Tensor) or position.dim() != 4:
+        raise CheckpointError(f"{path} is not a SAM checkpoint: it has no key image_encoder.pos_embed with 4 dimensions")
+    foreign = [key for key, value in weights.items() if not (isinstance(value, torch.Tensor) and value.is_floating_point())]
+    if foreign:
+        raise CheckpointError(f"{path}: {foreign[0]} is not a tensor of floating-point numbers: not a SAM checkpoint")
+    width, depth = position.shape[-1], len({key.split(".")[2] for key in weights if key.startswith("image_encoder.blocks.")})
+    found = [name for name, sizes in BACKBONES.items() if (sizes["d"], sizes["depth"]) == (width, depth)]
+    if found != [backbone]:
+        raise CheckpointError(f"{path} holds {found[0] if found else f'an encoder of width {width} and depth {depth}'}, "
+                              f"not {backbone}" + (f": say --backbone {found[0]}" if found else ""))
+    with torch.device("meta"):
+        expected = Sam(backbone).state_dict()
+    for problem, keys in (("lacks", expected.keys() - weights.keys()), ("has the unknown key", weights.keys() - expected.keys())):
+        if keys:
+            raise CheckpointError(f"{path} {problem} {min(keys)} ({len(keys)} such): not a checkpoint of {backbone}")
+    for key, value in expected.items():
+        if weights[key].shape != value.shape:
+            raise CheckpointError(f"{path}: {key} has shape {tuple(weights[key].shape)}, {backbone} needs {tuple(value.shape)}")
+        if not weights[key].isfinite().all():
+            raise CheckpointError(f"{path}: {key} holds NaN or infinite values: fetch the file again")
+    return weights
+
+
+def find_checkpoint(backbone):
+    """Path of the backbone's weights: assets/ (vit_t), checkpoints/, the torch hub cache, else downloaded to there and verified."""
+    name = FILES[backbone]
+    here = os.path.dirname(os.path.abspath(__file__))
+    cache = os.path.join(torch.hub.get_dir(), "checkpoints")
+    for folder in (os.path.join(here, "assets"), "checkpoints", os.path.join(here, "checkpoints"), cache):
+        if os.path.isfile(os.path.join(folder, name)):
+            return os.path.join(folder, name)
+    if backbone == "vit_t":
+        raise FileNotFoundError(f"assets/{name} is missing: it comes with this repository (or make it: train.py --pretrain)")
+    print(f"downloading {URL}{name} to {cache}", file=sys.stderr)
+    try:
+        os.makedirs(cache, exist_ok=True)  # download_url_to_file writes beside the target, verifies, then renames
+        torch.hub.download_url_to_file(URL + name, os.path.join(cache, name), hash_prefix=name[-10:-4])
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise FileNotFoundError(f"could not download {name} ({error}): put {URL}{name} into checkpoints/") from error
+    return os.path.join(cache, name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prediction on one picture.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ResizeLongestSide:
+    """Scales a picture, and coordinates on it, so that its longer side is `target_length` pixels."""
+
+    def __init__(self, target_length):
+        self.target_length = target_length
+
+    def get_preprocess_shape(self, height, width):
+        """(height, width) after scaling; halves round up, as in the official code."""
+        scale = self.target_length / max(height, width)
+        return int(height * scale + 0.5) or 1, int(width * scale + 0.5) or 1
+
+    def apply_image(self, image):
+        """uint8 HxWx3 -> uint8 hxwx3; Pillow's antialiased bilinear filter, which the official code uses too."""
+        height, width = self.get_preprocess_shape(*image.shape[:2])
+        if image.shape[:2] == (height, width):
+            return image
+        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+    def apply_coords(self, coords, original_size):
+        """(..., 2) xy in pixels of the picture (array or tensor) -> the same in pixels of the scaled picture, float32."""
+        old_h, old_w = original_size
+        new_h, new_w = self.get_preprocess_shape(old_h, old_w)
+        if isinstance(coords, torch.Tensor):
+            return coords.float() * torch.tensor([new_w / old_w, new_h / old_h], dtype=torch.float32, device=coords.device)
+        return np.asarray(coords, dtype=np.float32) * np.array([new_w / old_w, new_h / old_h], dtype=np.float32)
+
+    def apply_boxes(self, boxes, original_size):
+        """(..., 4) xyxy, likewise."""
+        return self.apply_coords(boxes.reshape(-1, 2, 2), original_size).reshape(-1, 4)
+
+    apply_coords_torch, apply_boxes_torch = apply_coords, apply_boxes  # the official names for tensors
+
+
+class SamPredictor:
+    """Encodes a picture once, then answers prompts on it. Methods, arguments and returns are the official class's."""
+
+    def __init__(self, sam):
+        self.model = sam
+        self.transform = ResizeLongestSide(sam.image_encoder.img_size)
+        self.reset_image()
+
+    @property
+    def device(self):
+        """Where the model lies."""
+        return self.model.device
+
+    def reset_image(self):
+        """Forget the picture."""
+        self.features = self.original_size = self.input_size = None
+        self.is_image_set = False
+
+    def set_image(self, image, image_format="RGB"):
+        """Encode a picture: uint8 HxWx3, channels in the order of image_format (RGB or BGR)."""
+        if image_format not in ("RGB", "BGR"):
+            raise ValueError(f"image_format is {image_format!r}: choose RGB or BGR")
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(f"the image is {image.dtype} {image.shape}: set_image needs uint8 HxWx3 in 0..255")
+        scaled = self.transform.apply_image(image if image_format == "RGB" else image[..., ::-1])
+        x = torch.tensor(scaled, device=self.device).permute(2, 0, 1)[None]  # uint8: a quarter of the bytes to the GPU
+        self.set_torch_image(x, image.shape[:2])
+
+    @torch.no_grad()
+    def set_torch_image(self, transformed_image, original_image_size):
+        """Encode a picture given as (1, 3, h, w) in 0..255, already scaled; original_image_size is (height, width)."""
+        if transformed_image.ndim != 4 or max(transformed_image.shape[2:]) != self.transform.target_length:
+            raise ValueError(f"the image is {tuple(transformed_image.shape)}: set_torch_image needs (1, 3, h, w) with a longer "
+                             f"side of {self.transform.target_length}")
+        self.reset_image()
+        self.original_size, self.input_size = tuple(original_image_size), tuple(transformed_image.shape[-2:])
+        self.features = self.model.image_encoder(self.model.preprocess(transformed_image))
+        self.is_image_set = True
+
+    def predict(self, point_coords=None, point_labels=None, box=None, mask_input=None, multimask_output=True, return_logits=False):
+        """Masks for one prompt, as NumPy arrays.
+
+        point_coords (K, 2) xy pixels of the picture; point_labels (K,) 1 object, 0 background; box (4,) xyxy; mask_input
+        (1, 4H, 4W), low_res_logits of an earlier call. Returns masks (M, height, width) bool (float32 logits if return_logits),
+        scores (M,) predicted IoU, low_res_logits (M, 4H, 4W); M is 3 with multimask_output, else 1.
+        Raises RuntimeError before set_image, ValueError for prompts that make no sense.
+        """
+        if not self.is_image_set:
+            raise RuntimeError("no image yet: call set_image(image) before predict(...)")
+        coords = labels = boxes = masks = None
+        if (point_coords is None) != (point_labels is None):
+            raise ValueError("point_coords and point_labels go together: give both or none")
+        if point_coords is not None:
+            coords = _tensor("point_coords", point_coords, (None, 2), self.device)
+            labels = _tensor("point_labels", point_labels, (len(coords),), self.device)
+            if not torch.isin(labels, labels.new_tensor([-1, 0, 1])).all():
+                raise ValueError(f"point_labels are {labels.tolist()}: use 1 for the object and 0 for the background")
+            coords, labels = self.transform.apply_coords(coords, self.original_size)[None], labels.long()[None]
+        if box is not None:
+            boxes = self.transform.apply_boxes(_tensor("box", np.reshape(box, -1), (4,), self.device), self.original_size)
+        if mask_input is not None:
+            side = 4 * self.model.prompt_encoder.size
+            masks = _tensor("mask_input", mask_input, (1, side, side), self.device)[None]
+        masks, scores, low_res = self.predict_torch(coords, labels, boxes, masks, multimask_output, return_logits)
+        return masks[0].cpu().numpy(), scores[0].float().cpu().numpy(), low_res[0].float().cpu().numpy()
+
+    @torch.no_grad()
+    def predict_torch(self, point_coords, point_labels, boxes=None, mask_input=None, multimask_output=True, return_logits=False):
+        """Masks for P prompts at once. Tensors on the model's device, coordinates already scaled (`transform.apply_*`).
+
+        point_coords (P, K, 2), point_labels (P, K), boxes (P, 4), mask_input (P, 1, 4H, 4W); any may be None.
+        Returns masks (P, M, height, width), scores (P, M), low_res_logits (P, M, 4H, 4W).
+        """
+        if not self.is_image_set:
+            raise RuntimeError("no image yet: call set_image(image) before predict_torch(...)")
+        points = None if point_coords is None else (point_coords, point_labels)
+        low_res, scores = self.model.decode(self.features, points, boxes, mask_input, multimask_output)
+        masks = self.model.postprocess_masks(low_res, self.input_size, self.original_size)
+        return masks if return_logits else masks > self.model.mask_threshold, scores, low_res
+
+    def get_image_embedding(self):
+        """The picture's embedding (1, C, H, W)."""
+        if not self.is_image_set:
+            raise RuntimeError("no image yet: call set_image(image) first")
+        return self.features
+
+
+def _tensor(name, value, shape, device):
+    """`value` as a finite float32 tensor of `shape` (None: any length), or a ValueError that names it."""
+    value = value.detach() if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value, dtype=np.float32))
+    value = value.to(device, torch.float32)
+    if value.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, value.shape)):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: it should be {shape}".replace("None", "K"))
+    if not value.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinite values")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python sam.py photo.jpg --point 500,375
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw_overlay(image, mask, points, labels, box):
+    """The picture with the mask tinted and outlined, points (green: object, red: background) and box: a Pillow image."""
+    line = max(2, round(max(image.shape[:2]) / 400))
+    solid = Image.fromarray(mask).convert("L")
+    outline = ImageChops.difference(solid.filter(ImageFilter.MaxFilter(2 * line + 1)), solid)
+    picture = Image.fromarray(image)
+    picture.paste(Image.blend(picture, Image.new("RGB", picture.size, (30, 144, 255)), 0.5), mask=solid)
+    picture.paste("white", mask=outline.filter(ImageFilter.GaussianBlur(0.5)))
+    pen = ImageDraw.Draw(picture)
+    if box is not None:
+        pen.rectangle(box, outline=(255, 200, 0), width=line)
+    for (x, y), label in zip(points, labels):
+        r = 4 * line
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=(40, 170, 60) if label else (215, 40, 40), outline="white", width=line)
+    return picture
+
+
+def main(argv=None):
+    """Segment one picture from the command line; returns the exit code. A user's mistake ends in one line."""
+    from data import DatasetError, read_image, save_png  # here, for the command line only: these files build on this one
+    from gara import load_adapter
+
+    def numbers(*lengths):
+        def read(text):
+            values = tuple(float(value) for value in text.split(","))
+            if len(values) not in lengths:
+                raise ValueError
+            return values
+        read.__name__ = " or ".join(f"{n} comma-separated numbers" for n in lengths)  # argparse: "invalid ... value"
+        return read
+
+    parser = argparse.ArgumentParser(description="Segment an object of a picture from points and a box.")
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+    parser.add_argument("picture")
+    parser.add_argument("--point", type=numbers(2, 3), action="append", default=[], metavar="X,Y[,0]",
+                        help="a pixel of the object, or with ,0 of the background; repeat for more")
+    parser.add_argument("--box", type=numbers(4), metavar="X0,Y0,X1,Y1")
+    parser.add_argument("--backbone", choices=BACKBONES, default="vit_b")
+    parser.add_argument("--checkpoint", help="SAM weights; default: assets/, checkpoints/, the torch hub cache, else downloaded")
+    parser.add_argument("--adapter", help="an adapter file that train.py wrote")
+    parser.add_argument("--out", default="overlay.png", help="PNG with the mask drawn on the picture (default overlay.png)")
+    parser.add_argument("--mask", help="also write the mask alone: a PNG, 255 inside, 0 outside")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if not args.point and args.box is None:
+        parser.error("say what to segment: --point X,Y or --box X0,Y0,X1,Y1")
+    try:
+        for path in filter(None, (args.out, args.mask)):
+            if not os.path.isdir(os.path.dirname(path) or "."):
+                raise ValueError(f"cannot write {path}: there is no folder {os.path.dirname(path)}")
+        image = read_image(args.picture)
+        height, width = image.shape[:2]
+        for x, y, *_ in args.point + ([args.box[:2], args.box[2:]] if args.box else []):
+            if not (0 <= x < width and 0 <= y < height):
+                raise ValueError(f"{x:g},{y:g} lies outside {args.picture}, which is {width} wide and {height} high")
+        if args.box and not (args.box[0] < args.box[2] and args.box[1] < args.box[3]):
+            raise ValueError(f"--box {','.join(f'{v:g}' for v in args.box)}: needs x0 < x1 and y0 < y1")
+        sam = build_sam(args.backbone, args.checkpoint or find_checkpoint(args.backbone)).to(args.device)
+        if args.adapter:
+            load_adapter(sam, args.adapter)
+        predictor = SamPredictor(sam)
+        predictor.set_image(image)
+        coords, labels = [p[:2] for p in args.point], [p[2] if len(p) == 3 else 1 for p in args.point]
+        masks, scores, _ = predictor.predict(coords or None, labels or None, args.box,
+                                             multimask_output=len(coords) == 1 and args.box is None)  # one point is ambiguous
+        best = int(scores.argmax())
+        save_png(draw_overlay(image, masks[best], coords, labels, args.box), args.out)
+        if args.mask:
+            save_png(Image.fromarray(masks[best]).convert("L"), args.mask)
+    except (DatasetError, ValueError, OSError, RuntimeError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {masks[best].sum():,} pixels, {masks[best].mean():.1%} of the picture, predicted IoU {scores[best]:.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
