@@ -241,6 +241,12 @@ class Dataset(Sequence):
                 f"{len(self.skipped):,} files skipped")
 
 
+def spread(dataset, most):
+    """At most `most` samples, evenly spread over the dataset: a list."""
+    count = min(most, len(dataset))
+    return [dataset[k * len(dataset) // count] for k in range(count)]
+
+
 # ---------------------------------------------------------------- readers, one per kind of dataset
 
 def _stems(folder, endings):
@@ -617,7 +623,7 @@ def contact_sheet(samples, path, tile=192, columns=4):
 
 def describe(dataset, most=200):
     """Prints what a split holds, from at most `most` samples spread over it. Returns the good ones among them."""
-    chosen, good, sizes, counts, areas = dataset[::-(-len(dataset) // most)], [], [], [], []
+    chosen, good, sizes, counts, areas = spread(dataset, most), [], [], [], []
     progress = Progress(f"{dataset.split}: reading", len(chosen))
     for sample in chosen:
         progress.update()

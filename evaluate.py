@@ -5,11 +5,11 @@
     python evaluate.py --ckpt sam --backbone vit_b --data real/ --no-corrupt    pictures as they are
 
 Every picture is taken clear and in each of the 15 corruptions, encoded once in each condition, and asked for every
-object twice: by three points and by its box. Prompts and noise derive from the picture's name alone (see data.py), so all
-methods, and all labs, answer the same questions. A score compares masks at the picture's own resolution; tables give the
-mean over masks, and "degraded" is the mean over the 15 corruptions.
+object twice: by three points and by its box. Prompts and noise derive from the picture's name alone (see data.py), so
+all methods, and all labs, answer the same questions. A score compares masks at the picture's own resolution; tables
+give the mean over masks, and "degraded" is the mean over the 15 corruptions.
 
-Written to `--out`: results.json (every score of every mask, and the means), samples.png (some of the masks, to look at).
+Written to `--out`: results.json, every score of every mask, and the means; samples.png, some masks to look at.
 """
 import argparse
 import copy
@@ -51,7 +51,7 @@ def iou_dice(prediction, truth):
 
 
 def tables(images, models, conditions):
-    """Means over masks: results.json's list of images -> {model: {"point fog": [IoU, Dice], "point degraded": ..., ...}}."""
+    """Means over masks: results.json's list of images -> {model: {"point fog": [IoU, Dice], "point degraded": ...}}."""
     summary = {}
     for model in models:
         means = {}
@@ -109,7 +109,8 @@ class Questions(torch.utils.data.Dataset):
             images = [sample.image(condition) for condition in self.conditions]
         except data.SampleError as error:
             return error
-        return dict(name=sample.name, indices=list(sample.indices), masks=masks, points=points, boxes=boxes, images=images)
+        return dict(name=sample.name, indices=list(sample.indices), masks=masks, points=points, boxes=boxes,
+                    images=images)
 
 
 @torch.no_grad()
@@ -128,7 +129,7 @@ def predict(sam, images, points, boxes, batch_size, amp):
             x = torch.from_numpy(scaled).to(sam.device).permute(0, 3, 1, 2)
             embeddings = sam.image_encoder(sam.preprocess(x))
         embeddings = embeddings.float()  # the decoder costs little: always float32
-        pairs = torch.cartesian_prod(torch.arange(len(scaled)), torch.arange(len(coords))).to(sam.device)  # condition, mask
+        pairs = torch.cartesian_prod(torch.arange(len(scaled)), torch.arange(len(coords))).to(sam.device)  # image, mask
         masks = {prompt: [] for prompt in PROMPTS}
         for image_index, which in (part.T for part in pairs.split(DECODED_AT_ONCE)):
             labels = torch.ones(len(which), 3, dtype=torch.long, device=sam.device)
@@ -199,7 +200,7 @@ def paint(image, masks, scale):
 
 
 def picture(kept, models, path, tile=240):
-    """Rows of: the degraded picture with its points, the truth, each model's masks from these points and their mean IoU."""
+    """Rows of: the degraded picture with its points, the truth, each model's masks from them and their mean IoU."""
     font, small = ImageFont.load_default(20), ImageFont.load_default(16)
     columns, line = ["input", "truth", *models], 28
     page = Image.new("RGB", (len(columns) * (tile + 8) + 8, 44 + len(kept) * (tile + line + 8)), "white")
@@ -267,9 +268,9 @@ def parse(argv):
     add("--amp", choices=("off", "bf16"), default="off", help="bf16: the encoder in bfloat16")
     add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="processes that load and corrupt")
     args = parser.parse_args(argv)
-    for name in ("limit", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be {least} or more")
     return args
 
 
@@ -281,30 +282,30 @@ def main(argv=None):
         data.make_missing_demo(args.data)
         dataset = data.load_dataset(args.data, args.split)
         if args.limit:
-            dataset.samples = dataset.samples[::max(1, len(dataset) // args.limit)][:args.limit]
+            dataset.samples = data.spread(dataset, args.limit)
         os.makedirs(args.out, exist_ok=True)
         conditions = ("clear",) if args.no_corrupt else data.CONDITIONS
         drawn = ("clear",) if args.no_corrupt else tuple(CORRUPTIONS)
         # Rows are chosen by position, not by result: samples spread over the split, in every second corruption.
-        spread = [dataset[k * len(dataset) // ROWS] for k in range(min(ROWS, len(dataset)))]
-        show = {sample.name: drawn[2 * k % len(drawn)] for k, sample in enumerate(spread)}
+        show = {sample.name: drawn[2 * k % len(drawn)] for k, sample in enumerate(data.spread(dataset, ROWS))}
         started = time.monotonic()
         images, kept = evaluate(models, dataset, conditions, args.batch_size, args.amp, args.workers, show)
         seconds = time.monotonic() - started
         summary = tables(images, models, conditions)
         masks = sum(len(image["indices"]) for image in images)
-        print(f"{dataset.summary()}\n{len(images):,} images, {masks:,} masks, {len(conditions)} conditions; {backbone} on "
-              f"{args.device}, {seconds:.0f} s\n")
+        print(f"{dataset.summary()}\n{len(images):,} images, {masks:,} masks, {len(conditions)} conditions; {backbone} "
+              f"on {args.device}, {seconds:.0f} s\n")
         print_tables(summary, conditions)
         path = os.path.join(args.out, "results.json")
         with open(f"{path}.part", "w") as file:
-            json.dump(dict(format="gara-sam results 1", data=args.data, split=args.split, backbone=backbone, ckpt=args.ckpt,
-                           amp=args.amp, torch=torch.__version__, machine=platform.platform(), seconds=round(seconds, 1),
-                           conditions=conditions, skipped=dataset.skipped, means=summary, images=images), file)
+            json.dump(dict(format="gara-sam results 1", data=args.data, split=args.split, backbone=backbone,
+                           ckpt=args.ckpt, amp=args.amp, torch=torch.__version__, machine=platform.platform(),
+                           seconds=round(seconds, 1), conditions=conditions, skipped=dataset.skipped, means=summary,
+                           images=images), file)
         os.replace(f"{path}.part", path)
         picture(kept, list(models), os.path.join(args.out, "samples.png"))
         print(f"\nwritten: {path}, {os.path.join(args.out, 'samples.png')}")
-    except (data.DatasetError, ValueError, OSError, RuntimeError) as error:
+    except (data.DatasetError, ValueError, OSError, RuntimeError, AssertionError) as error:  # the last: no CUDA in torch
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

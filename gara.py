@@ -1,19 +1,19 @@
 """GaRA, gated-rank adaptation: low-rank adapters whose rank-1 components a gate switches on and off for each image.
 
-An adapter adds B A to a frozen weight W, a sum of rank-1 components b_i a_i^T. LoRA always uses all of them. GaRA looks at the
-image and decides which to use, in two steps (equation numbers are the paper's): one gate picks the lower-rank or the
-higher-rank set of components (eq. 2), another then switches single components of that set (eq. 4, 5). For an attention layer
-with input tokens x:
+An adapter adds B A to a frozen weight W, a sum of rank-1 components b_i a_i^T. LoRA always uses all of them. GaRA looks
+at the image and decides in two steps which to use (equation numbers are the paper's): one gate picks the lower-rank or
+the higher-rank set of components (eq. 2), another switches single components of that set on and off (eq. 4, 5). For an
+attention layer with input tokens x:
 
     h = mean of x over the image's tokens
     g = gumbel_sigmoid(G_0(h))                                               0: lower-rank set, 1: higher-rank set
     m = [(1 - g) gumbel_sigmoid(G_l(h)), g gumbel_sigmoid(G_h(h))]           one 0 or 1 per component
     y = x (W + B diag(m) A)^T + b                                            (eq. 7), for q, k and v
 
-Everything else is a special case of the mask m, so there is one adapter (`Adapter`), one operation (`gated_linear`) and four
-gates: `gara`; `gara_flat`, one set without the first decision; `lora`, m = 1; `moe_lora`, one block of components out of several.
+The baselines differ only in the mask m, so there is one adapter (`Adapter`), one operation (`gated_linear`) and four
+gates: `gara`; `gara_flat`, one set and no g; `lora`, m = 1; `moe_lora`, one of several blocks of components.
 
-    sam = gara.attach(build_sam("vit_b", "sam_vit_b_01ec64.pth"), "gara")    # frozen, adapted; same outputs until trained
+    sam = gara.attach(build_sam("vit_b", "sam_vit_b_01ec64.pth"), "gara")    # frozen, adapted; the same until trained
     optimizer = torch.optim.Adam(p for p in sam.parameters() if p.requires_grad)
     gara.save_adapter(sam, "gara.pt")                                        # the adapter alone
     gara.load_adapter(build_sam("vit_b", "sam_vit_b_01ec64.pth"), "gara.pt")
@@ -36,38 +36,43 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 METHODS = ("gara", "gara_flat", "lora", "moe_lora")
-# Options of each method and their defaults: the paper's ranks. The tiny vit_t is 160 wide instead of 768, so its ranks shrink
-# in about the same proportion.
+# Options of each method and their defaults: the paper's ranks. The tiny vit_t is 160 wide where vit_b is 768, and its
+# ranks shrink about as much.
 OPTIONS = {"gara": dict(rank_low=16, rank_high=256, temperature=0.5), "gara_flat": dict(rank=16, temperature=0.5),
            "lora": dict(rank=16), "moe_lora": dict(experts=(2, 16, 128, 256), temperature=0.5)}
 OPTIONS_VIT_T = {"gara": dict(rank_low=4, rank_high=48), "gara_flat": dict(rank=4), "lora": dict(rank=4),
                  "moe_lora": dict(experts=(1, 4, 24, 48))}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The operation.
-# ---------------------------------------------------------------------------------------------------------------------
+def default_options(method, backbone):
+    """The options that `attach` starts from."""
+    return OPTIONS[method] | (OPTIONS_VIT_T[method] if backbone == "vit_t" else {})
 
+
+# ---------------------------------------------------------------- the operation
 
 def gated_linear(x, weight, bias, A, B, mask):
     """y = x (W + B diag(m) A)^T + b with a mask m per image: equation 7 for a batch of images.
 
     x (N, ..., d) tokens of N images; weight (G * o, d) and bias (G * o,): G matrices of o rows, one below the other;
-    A (G, r, d), B (G, o, r), or without the leading G when there is one; mask (N, r), any real numbers. -> (N, ..., G * o)
+    A (G, r, d), B (G, o, r), or without the leading G when there is one; mask (N, r), any real numbers.
+    -> (N, ..., G * o)
 
-    Two forms give the same y: `merged` builds each image's W + B diag(m) A and multiplies x by it; `factored` multiplies x by A,
-    m and B in turn. With n tokens, merging costs r o d and the factors n r (o + d) multiplications, so merging wins as soon as
-    an image has more than o d / (o + d) tokens; for SAM's 4096 it is 11 (vit_b) to 6 (vit_h) times cheaper. The backward pass
-    chooses likewise, keeps no activation beyond x, and computes W + B diag(m) A anew. No size depends on the mask's content,
-    so nothing waits for the GPU and graphs capture. Under autocast, the merged form adds the update to W in W's own precision:
-    added in bfloat16, a small update would vanish in the rounding.
+    Two forms give the same y: the merged one builds each image's W + B diag(m) A and multiplies x by it; the factored
+    one multiplies x by A, m and B in turn. For each of the G matrices, merging takes r o d and factoring n r (o + d)
+    multiplications, so merging wins once an image has more than o d / (o + d) tokens; SAM's 4096 make it 11 (vit_b) to
+    6 (vit_h) times cheaper. The backward pass chooses likewise; it keeps x and the mask and computes the rest anew.
+    No size depends on the mask's content, so nothing waits for the GPU and CUDA graphs can capture it.
+
+    Under autocast, the merged form adds the update to W in W's own precision and rounds the sum. Rounding W first
+    would lose every update smaller than W's last bit; this way it survives on average over many weights.
     """
     if A.dim() == 2:
         A, B = A[None], B[None]
     N, shape = x.shape[0], x.shape[:-1]
     if mask.shape != (N, A.shape[1]) or B.shape != (A.shape[0], weight.shape[0] // A.shape[0], A.shape[1]):
-        raise ValueError(f"gated_linear: x {tuple(x.shape)}, weight {tuple(weight.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)} "
-                         f"and mask {tuple(mask.shape)} do not fit together")
+        raise ValueError(f"gated_linear: x {tuple(x.shape)}, weight {tuple(weight.shape)}, A {tuple(A.shape)}, "
+                         f"B {tuple(B.shape)} and mask {tuple(mask.shape)} do not fit together")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     with torch.autocast(x.device.type, enabled=False):
@@ -75,7 +80,7 @@ def gated_linear(x, weight, bias, A, B, mask):
 
 
 def merged_weight(weight, A, B, mask, dtype):
-    """W + B diag(m) A for each image: (N, G * o, d). Multiplied in `dtype`, added in W's."""
+    """W + B diag(m) A for each image: (N, G * o, d). The product is made in `dtype`, the sum in W's."""
     update = (B.to(dtype) * mask.to(dtype)[:, None, None, :]) @ A.to(dtype)  # (N, G, o, r) @ (G, r, d)
     return (weight + update.flatten(1, 2)).to(dtype)
 
@@ -112,10 +117,10 @@ class GatedLinear(torch.autograd.Function):
                 dx = dy @ merged_weight(weight, A, B, mask, dtype)
             if any(need_adapter):
                 D = (dy.mT @ x).unflatten(1, (G, o))  # (N, G, o, d): the gradient of each image's merged weight
-                P = (B.to(dtype).mT @ D).float() if dtype != torch.float64 else B.mT @ D  # (N, G, r, d)
+                P = (B.to(dtype).mT @ D).to(torch.promote_types(dtype, torch.float32))  # (N, G, r, d)
                 m = mask.to(P.dtype)
-                dA = torch.einsum("nr,ngrd->grd", m, P)
-                dB = torch.einsum("nr,ngor->gor", m, (D @ A.to(dtype).mT).to(P.dtype))
+                dA = torch.einsum("Nr,NGrd->Grd", m, P)
+                dB = torch.einsum("Nr,NGor->Gor", m, (D @ A.to(dtype).mT).to(P.dtype))
                 dmask = (P * A.to(P.dtype)).sum((1, 3))
         else:
             dy_ = dy.unflatten(2, (G, o)).transpose(1, 2)  # (N, G, n, o)
@@ -131,19 +136,19 @@ class GatedLinear(torch.autograd.Function):
             dweight = (dy.flatten(0, 1).mT @ x.flatten(0, 1)).to(weight.dtype)
         if need_bias:
             dbias = dy.sum((0, 1), dtype=weight.dtype)
-        return dx, dweight, dbias, *(None if g is None else g.to(t.dtype) for g, t in zip((dA, dB, dmask), (A, B, mask)))
+        adapter = zip((dA, dB, dmask), (A, B, mask))
+        return dx, dweight, dbias, *(None if grad is None else grad.to(t.dtype) for grad, t in adapter)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The gates: h (N, d) -> mask (N, r) and space (N,), what was chosen: 0 or 1 for GaRA, the expert for MoE-LoRA, else 0.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the gates
+# h (N, d) -> mask (N, r) and space (N,), what was chosen: 0 or 1 for GaRA, the expert for MoE-LoRA, else 0.
 
 
 def gumbel_sigmoid(logits, temperature=0.5, training=True):
     """Binary decisions with a gradient (eq. 3 and 6): 0. or 1., in the shape of logits.
 
-    Training: s = sigmoid((logits + e) / temperature), e logistic noise (the difference of two Gumbel variables); forward
-    1[s > 0.5], gradient of s. Otherwise 1[logits > 0], without noise.
+    In training, s = sigmoid((logits + e) / temperature) with logistic noise e (the difference of two Gumbel variables);
+    the value is 1[s > 0.5], the gradient that of s. Otherwise 1[logits > 0], without noise.
     """
     if not training:
         return (logits > 0).to(logits.dtype)
@@ -183,7 +188,8 @@ class FlatGate(nn.Module):
         self.G = mlp(d, d // 2, d // 4, rank)
 
     def forward(self, h):
-        return gumbel_sigmoid(self.G(h), self.temperature, self.training), torch.zeros(len(h), dtype=torch.long, device=h.device)
+        mask = gumbel_sigmoid(self.G(h), self.temperature, self.training)
+        return mask, h.new_zeros(len(h), dtype=torch.long)
 
 
 class OpenGate(nn.Module):
@@ -194,17 +200,17 @@ class OpenGate(nn.Module):
         self.rank = rank
 
     def forward(self, h):
-        return h.new_ones(len(h), self.rank), torch.zeros(len(h), dtype=torch.long, device=h.device)
+        return h.new_ones(len(h), self.rank), h.new_zeros(len(h), dtype=torch.long)
 
 
 class ExpertGate(nn.Module):
-    """MoE-LoRA: one of several blocks of components, by a softmax gate (straight-through Gumbel-softmax in training)."""
+    """MoE-LoRA: one of several blocks of components, by a softmax gate (in training, straight-through with noise)."""
 
     def __init__(self, d, experts, temperature):
         super().__init__()
         self.rank, self.temperature = sum(experts), temperature
         self.G = mlp(d, d // 2, len(experts))
-        block_of = torch.tensor([i for i, size in enumerate(experts) for _ in range(size)])  # (r,) component -> its expert
+        block_of = torch.tensor([i for i, size in enumerate(experts) for _ in range(size)])  # (r,): each one's expert
         self.register_buffer("block_of", block_of, persistent=False)
 
     def forward(self, h):
@@ -222,7 +228,8 @@ GATES = {"gara": GaraGate, "gara_flat": FlatGate, "lora": OpenGate, "moe_lora": 
 class Adapter(nn.Module):
     """Stands in for an attention layer's `qkv`: the frozen weight and bias (under their old names), A, B and the gate.
 
-    q, k and v have an A and a B each and share the gate. A starts as nn.Linear's weight does, B at zero: no change at first.
+    q, k and v have an A and a B each and share the gate. A starts as nn.Linear's weight does, B at zero, so that at
+    first nothing changes.
     """
 
     def __init__(self, linear, gate):
@@ -235,16 +242,13 @@ class Adapter(nn.Module):
 
     def forward(self, x):  # (N, H, W, d) -> (N, H, W, 3d)
         with torch.autocast(x.device.type, enabled=False):  # decisions near a threshold should not depend on rounding
-            h = x.flatten(1, -2).to(self.A.dtype).mean(1)  # (N, d); where a picture is padded, its padding counts as well
+            h = x.flatten(1, -2).to(self.A.dtype).mean(1)  # (N, d); the padding of an image counts as well
             mask, space = self.gate(h)
         self.mask, self.space = mask.detach(), space
         return gated_linear(x, self.weight, self.bias, self.A, self.B, mask)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# On a SAM: attach, look at, take off, save, load.
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------- on a SAM: attach, look at, take off, save, load
 
 def adapters(sam):
     """The adapters of a SAM, layer by layer; empty when there are none."""
@@ -252,27 +256,28 @@ def adapters(sam):
 
 
 def attach(sam, method="gara", **options):
-    """Freeze `sam` and adapt q, k and v of every encoder layer. Returns sam, whose outputs are the same until it is trained.
+    """Freeze `sam` and adapt q, k and v of every encoder layer. Returns sam, whose outputs stay the same until trained.
 
-    Options: gara rank_low=16, rank_high=256, temperature=0.5; gara_flat rank=16, temperature; lora rank=16;
-    moe_lora experts=(2, 16, 128, 256), temperature (vit_t: smaller defaults). ValueError for what makes no sense.
+    `options` override the method's entry in OPTIONS (for vit_t, OPTIONS_VIT_T). ValueError for what makes no sense.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     if adapters(sam):
         raise ValueError(f"this SAM carries an adapter ({sam.adapter['method']}) already: detach(sam) first")
-    known = OPTIONS[method] | (OPTIONS_VIT_T[method] if sam.backbone == "vit_t" else {})
+    known = default_options(method, sam.backbone)
     unknown = sorted(options.keys() - known.keys())
     if unknown:
         raise ValueError(f"{method} has no option {unknown[0]}: it has {', '.join(known)}")
     options, d = known | options, sam.image_encoder.blocks[0].attn.qkv.in_features
     if isinstance(options.get("experts"), list):
         options["experts"] = tuple(options["experts"])
-    ranks = options.get("experts") or [options[key] for key in options if key.startswith("rank")]
-    sound = isinstance(ranks, (list, tuple)) and all(type(rank) is int and 0 < rank <= 4 * d for rank in ranks)
+    ranks = options["experts"] if method == "moe_lora" else [options[key] for key in options if key.startswith("rank")]
+    sound = isinstance(ranks, (list, tuple)) and ranks
+    sound = sound and all(type(rank) is int and 0 < rank <= 4 * d for rank in ranks)
     temperature = options.get("temperature", 1.0)
     if not sound or type(temperature) not in (int, float) or not 0 < temperature < math.inf:
-        raise ValueError(f"{method} with {options}: ranks are whole numbers from 1 to {4 * d}, the temperature is above 0")
+        raise ValueError(f"{method} with {options}: ranks are whole numbers from 1 to {4 * d}, "
+                         "the temperature is above 0")
     sam.requires_grad_(False)
     for block in sam.image_encoder.blocks:
         gate = GATES[method](d, **options).to(block.attn.qkv.weight)
@@ -294,15 +299,18 @@ def detach(sam):
 
 
 def gates(sam):
-    """What each layer chose for each of the N images of the last forward pass, as Figure 6 shows it: a list of dicts,
+    """What each layer chose for the N images of the last forward pass, as Figure 6 shows it: one dict per layer.
 
-    layer: its number; space (N,): 0 lower-rank, 1 higher-rank (moe_lora: the expert); vector (N, r) bool: the components in
-    use, those of the lower-rank space first; count (N,): how many. RuntimeError before any forward pass.
+    layer: its number, from 0; space (N,): 0 lower-rank, 1 higher-rank (moe_lora: the expert; else 0); vector (N, r)
+    bool: the components in use, those of the lower-rank space first; count (N,): how many. RuntimeError before any
+    forward pass.
     """
     layers = adapters(sam)
     if not layers or layers[0].mask is None:
         raise RuntimeError("no gates yet: attach an adapter and encode an image first")
-    return [dict(layer=i, space=a.space, vector=a.mask > 0.5, count=(a.mask > 0.5).sum(1)) for i, a in enumerate(layers)]
+    vectors = [adapter.mask > 0.5 for adapter in layers]
+    return [dict(layer=i, space=adapter.space, vector=vector, count=vector.sum(1))
+            for i, (adapter, vector) in enumerate(zip(layers, vectors))]
 
 
 def adapter_state(sam):
@@ -312,7 +320,10 @@ def adapter_state(sam):
 
 
 def fingerprint(sam):
-    """Hex digest that tells base models apart: a thousand or so evenly spaced values of each frozen tensor, as bfloat16."""
+    """Hex digest that tells base models apart: of each of SAM's own tensors, a thousand or so evenly spaced values.
+
+    They are taken as bfloat16, so a model cast to it keeps its fingerprint.
+    """
     own, digest = adapter_state(sam), hashlib.sha256()
     for key, value in sorted(sam.state_dict().items()):
         if key not in own:
@@ -322,15 +333,19 @@ def fingerprint(sam):
 
 
 def save_adapter(sam, path, **meta):
-    """Write the adapter alone (no base weights), with its options and the base model's fingerprint. `meta` is kept with it:
-    numbers, strings, tensors, and lists or dicts of these. ValueError when there is none, or when it holds NaN."""
+    """Write the adapter alone (no base weights), with its options and the base model's fingerprint.
+
+    `meta` is kept with it: numbers, strings, tensors, and lists or dicts of these. ValueError when sam has no adapter
+    or one that holds NaN; a file that was at `path` is then left as it is.
+    """
     if not adapters(sam):
         raise ValueError("this SAM carries no adapter: attach(sam) first")
     weights = {key: value.detach().cpu() for key, value in adapter_state(sam).items()}
     for key, value in weights.items():
         if not value.isfinite().all():
             raise ValueError(f"not saved: {key} holds NaN or infinite values")
-    content = dict(format="gara-sam adapter 1", backbone=sam.backbone, base=fingerprint(sam), **sam.adapter, weights=weights, meta=meta)
+    content = dict(format="gara-sam adapter 1", backbone=sam.backbone, base=fingerprint(sam), **sam.adapter,
+                   weights=weights, meta=meta)
     try:
         torch.save(content, f"{path}.part")
         os.replace(f"{path}.part", path)
@@ -346,7 +361,8 @@ def read_adapter(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable adapter file (cut off?): {(str(error) or type(error).__name__).splitlines()[0][:80]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        raise ValueError(f"{path} is not a readable adapter file (cut off?): {reason}") from error
     if not isinstance(content, dict) or content.get("format") != "gara-sam adapter 1":
         sam_file = isinstance(content, dict) and "image_encoder.pos_embed" in content
         raise ValueError(f"{path} is not an adapter file of this project"
@@ -360,15 +376,17 @@ def read_adapter(path):
 def load_adapter(sam, path):
     """Attach the adapter in `path` (or fill the equal one that sam carries) and return the `meta` it was saved with.
 
-    Strict: FileNotFoundError or ValueError, in one line, for a missing or damaged file, another backbone, other base weights,
-    or a key that is missing, unknown, of another shape or not finite. sam is then unchanged.
+    Strict: FileNotFoundError or ValueError, in one line, for a missing or damaged file, another backbone, other base
+    weights, or a key that is missing, unknown, of another shape or not finite. sam is then unchanged.
     """
     content = read_adapter(path)
     if content["backbone"] != sam.backbone:
-        raise ValueError(f"{path} adapts {content['backbone']}, this SAM is {sam.backbone}: say --backbone {content['backbone']}")
-    if content["base"] != fingerprint(sam):
-        raise ValueError(f"{path} was trained on other {sam.backbone} weights than these (fingerprint {content['base']}, here "
-                         f"{fingerprint(sam)}): give the checkpoint it was trained on with --checkpoint")
+        raise ValueError(f"{path} adapts {content['backbone']}, this SAM is {sam.backbone}: "
+                         f"say --backbone {content['backbone']}")
+    here = fingerprint(sam)
+    if content["base"] != here:
+        raise ValueError(f"{path} was trained on other {sam.backbone} weights than these (fingerprint "
+                         f"{content['base']}, here {here}): give the checkpoint it was trained on with --checkpoint")
     config = dict(method=content["method"], options=content["options"])
     if adapters(sam) and sam.adapter != config:
         raise ValueError(f"{path} is {config['method']} {config['options']}, this SAM carries {sam.adapter['method']} "
@@ -385,67 +403,61 @@ def load_adapter(sam, path):
             detach(sam)
             for p, flag in zip(sam.parameters(), trainable):
                 p.requires_grad_(flag)
-        raise ValueError(f"{path}: {wrong[0]} is missing, unknown, of a wrong shape or not finite ({len(wrong)} such keys)")
+        raise ValueError(f"{path}: {wrong[0]} is missing, unknown, of a wrong shape or not finite "
+                         f"({len(wrong)} such keys)")
     with torch.no_grad():
         for key, value in expected.items():
             value.copy_(weights[key])
     return content["meta"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# python gara.py: what it costs.
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------- python gara.py: what it costs
 
 def costs(backbone, batch, device, repeats=5):
-    """Print learnable parameters of each method, and the time of one layer's q, k and v in plain, factored and merged form."""
+    """Print each method's learnable parameters, and the time of one layer's q, k and v: plain, factored and merged."""
+    global FORM
     from sam import BACKBONES, build_sam
     with torch.device("meta"):
         for method in METHODS:
             sam = attach(build_sam(backbone), method)
             count = sum(p.numel() for p in sam.parameters() if p.requires_grad)
-            print(f"{method:10s} {str(sam.adapter['options']):68s} {count:>12,} parameters {count * 4 / 1e6:8.1f} MB")
-    sizes = BACKBONES[backbone]
-    n, d, r = (sizes["image_size"] // sizes["patch"]) ** 2, sizes["d"], sum(
-        (OPTIONS["gara"] | (OPTIONS_VIT_T["gara"] if backbone == "vit_t" else {}))[key] for key in ("rank_low", "rank_high"))
+            options, size = str(sam.adapter["options"]), count * 4 / 1e6
+            print(f"{method:10s} {options:68s} {count:>12,} parameters {size:8.1f} MB")
+    sizes, options = BACKBONES[backbone], default_options("gara", backbone)
+    n, d, r = (sizes["image_size"] // sizes["patch"]) ** 2, sizes["d"], options["rank_low"] + options["rank_high"]
     x = torch.randn(batch, n, d, device=device, requires_grad=True)
     weight, bias = torch.randn(3 * d, d, device=device) * d ** -0.5, torch.randn(3 * d, device=device)
-    A, B = torch.randn(3, r, d, device=device) * d ** -0.5, torch.randn(3, d, r, device=device) * 0.1 * r ** -0.5
-    A.requires_grad_(), B.requires_grad_()
+    A = (torch.randn(3, r, d, device=device) * d ** -0.5).requires_grad_()
+    B = (torch.randn(3, d, r, device=device) * 0.1 * r ** -0.5).requires_grad_()
     mask = torch.ones(batch, r, device=device, requires_grad=True)
 
-    def plain():
-        return F.linear(x, weight, bias)
+    def layer(form):
+        global FORM
+        FORM = form
+        return F.linear(x, weight, bias) if form == "plain" else gated_linear(x, weight, bias, A, B, mask)
 
-    def adapted(form):
-        def run():
-            global FORM
-            FORM = form
-            return gated_linear(x, weight, bias, A, B, mask)
-        return run
-
-    forms = {"plain": plain, "factored": adapted("factored"), "merged": adapted("merged")}
-    exact = adapted("factored")().detach()
-    times = {name: ([], []) for name in forms}
+    times = {form: ([], []) for form in ("plain", "factored", "merged")}  # forward; forward and backward
     for _ in range(repeats + 1):  # interleaved, so that a busy machine disturbs all alike; the first round warms up
-        for name, run in forms.items():
-            for kind in (0, 1):
-                with torch.set_grad_enabled(kind == 1):
-                    started = time.perf_counter()
-                    y = run()
-                    if kind:
-                        y.backward(y.detach())
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
-                times[name][kind].append(time.perf_counter() - started)
-    print(f"\none layer's q, k, v: batch {batch}, {n} tokens, width {d}, rank {r}, float32, {device}, {torch.get_num_threads()} "
-          f"threads, median of {repeats}")
+        for form, pair in times.items():
+            for learn, seconds in enumerate(pair):
+                started = time.perf_counter()
+                with torch.set_grad_enabled(bool(learn)):
+                    y = layer(form)
+                if learn:
+                    y.backward(y.detach())
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - started)
+    print(f"\none layer's q, k, v: batch {batch}, {n} tokens, width {d}, rank {r}, float32, {device}, "
+          f"{torch.get_num_threads()} threads, median of {repeats}")
     print(f"{'form':10s} {'forward ms':>12s} {'with backward ms':>18s} {'largest difference from factored':>34s}")
-    for name, run in forms.items():
-        with torch.no_grad():
-            error = "the base model" if name == "plain" else f"{((run() - exact).abs().max() / exact.abs().max()).item():.1e}"
-        print(f"{name:10s} {1e3 * statistics.median(times[name][0][1:]):12.1f} {1e3 * statistics.median(times[name][1][1:]):18.1f} {error:>34s}")
-    globals()["FORM"] = "cheaper"
+    with torch.no_grad():
+        exact = layer("factored")
+        for form, pair in times.items():
+            forward, both = (1e3 * statistics.median(seconds[1:]) for seconds in pair)
+            error = f"{((layer(form) - exact).abs().max() / exact.abs().max()).item():.1e}"
+            print(f"{form:10s} {forward:12.1f} {both:18.1f} {'the base model' if form == 'plain' else error:>34s}")
+    FORM = "cheaper"
 
 
 def main(argv=None):

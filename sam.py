@@ -1,22 +1,23 @@
 """The Segment Anything Model (SAM) in one file: it reads the official checkpoints and gives the official numbers.
 
-SAM answers "which object is meant?" for a picture and a prompt, in three parts:
+SAM answers "which object is meant?" for a picture and a prompt, in three parts (sizes of the official models):
 
-    ImageEncoder    a Vision Transformer; run once per picture             (N, 3, 1024, 1024) -> (N, 256, 64, 64)
-    PromptEncoder   points, boxes and masks become tokens; nearly free     prompts -> (P, tokens, 256), (P, 256, 64, 64)
-    MaskDecoder     a two-layer transformer between tokens and picture     -> masks (P, 1 or 3, 256, 256) and their scores
+    ImageEncoder    a Vision Transformer; runs once per picture        (N, 3, 1024, 1024) -> (N, 256, 64, 64)
+    PromptEncoder   points, boxes and masks become tokens; fast        prompts -> (P, T, 256), (P, 256, 64, 64)
+    MaskDecoder     two transformer layers, tokens and picture         -> masks (P, 1 or 3, 256, 256), their scores
 
 `Sam` holds the three, `SamPredictor` has the official class's methods (one picture, many prompts), and
 
     python sam.py photo.jpg --point 500,375 --out overlay.png --mask mask.png
 
-segments from the command line. Parameter names are the official ones. Letters in shape comments: N images, P prompts
-(each belongs to one image), H x W tokens or pixels, d channels of the encoder, C channels of the decoder, c of one head.
+segments from the command line. Parameter names are the official code's (github.com/facebookresearch/
+segment-anything). Letters in shape comments: N images, P prompts (each belongs to one image), K points and T tokens of
+a prompt, H x W tokens of an image, d channels of the encoder, C channels of the decoder, c channels of a head.
 
 Two things differ from the official code; the numbers don't (README, "Exactness"):
-* `qkv` and `proj` are linear in each token, so they run on the 64 x 64 tokens before these are cut into windows (the
-  official code runs them on the padded windows, 70 x 70 tokens); the padding becomes the bias that they map zeros to.
-* Global attention takes a few rows of queries at a time, so no (heads, 4096, 4096) tensor ever exists.
+* `qkv` and `proj` treat each token by itself, so here they run on the picture's 64 x 64 tokens. The official code has
+  70 x 70 by then, in windows padded with zeros; `qkv` turns zeros into its bias, with which windows are padded here.
+* Global attention takes a block of queries at a time, so no (heads, 4096, 4096) tensor ever exists.
 """
 import argparse
 import functools
@@ -24,6 +25,7 @@ import os
 import pickle
 import sys
 import urllib.error
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -32,54 +34,47 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch.utils.checkpoint import checkpoint as recompute
 
-# Sizes of each model. `image_size` is the side of the square that pictures are scaled and padded to; `global_layers` attend
-# over the whole picture, all others within windows; `C` is the width of prompt tokens and mask decoder.
+# Sizes of each model. `global_layers` attend over the whole picture, the others within windows; pictures are scaled and
+# padded to a square of side `image_size`; `C` is the width of prompt tokens and mask decoder, `mlp` its hidden width.
+OFFICIAL = dict(window=14, image_size=1024, patch=16, C=256, mlp=2048)
 BACKBONES = {
     "vit_t": dict(d=160, depth=6, heads=5, global_layers=(1, 3, 5), window=8, image_size=128, patch=8, C=128, mlp=512),
-    "vit_b": dict(d=768, depth=12, heads=12, global_layers=(2, 5, 8, 11), window=14, image_size=1024, patch=16, C=256, mlp=2048),
-    "vit_l": dict(d=1024, depth=24, heads=16, global_layers=(5, 11, 17, 23), window=14, image_size=1024, patch=16, C=256, mlp=2048),
-    "vit_h": dict(d=1280, depth=32, heads=16, global_layers=(7, 15, 23, 31), window=14, image_size=1024, patch=16, C=256, mlp=2048),
+    "vit_b": dict(d=768, depth=12, heads=12, global_layers=(2, 5, 8, 11), **OFFICIAL),
+    "vit_l": dict(d=1024, depth=24, heads=16, global_layers=(5, 11, 17, 23), **OFFICIAL),
+    "vit_h": dict(d=1280, depth=32, heads=16, global_layers=(7, 15, 23, 31), **OFFICIAL),
 }
 # The official files; the six digits are the first of the file's SHA-256. vit_t is this project's own and comes with it.
-FILES = {"vit_t": "sam_vit_t.pth", "vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth", "vit_h": "sam_vit_h_4b8939.pth"}
+FILES = {"vit_t": "sam_vit_t.pth", "vit_b": "sam_vit_b_01ec64.pth",
+         "vit_l": "sam_vit_l_0b3195.pth", "vit_h": "sam_vit_h_4b8939.pth"}
 URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 
 
 class CheckpointError(ValueError):
-    """A weights file that is unreadable, foreign, or for another model. The message is one line that says what to do."""
+    """A weights file that is unreadable, foreign or for another model. The message is one line and says which."""
 
 
-class LayerNorm2d(nn.Module):
+class LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of (N, C, H, W)."""
 
-    def __init__(self, channels, eps=1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = eps
+    def __init__(self, channels):
+        super().__init__(channels, eps=1e-6)
 
     def forward(self, x):
-        return F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class MLPBlock(nn.Module):
+class MLPBlock(nn.Sequential):
     """Linear, activation, linear: the feed-forward half of a transformer layer."""
 
     def __init__(self, width, hidden, activation):
-        super().__init__()
-        self.lin1 = nn.Linear(width, hidden)
-        self.lin2 = nn.Linear(hidden, width)
-        self.activation = activation
-
-    def forward(self, x):
-        return self.lin2(self.activation(self.lin1(x)))
+        super().__init__(OrderedDict(lin1=nn.Linear(width, hidden), act=activation, lin2=nn.Linear(hidden, width)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Image encoder: a ViT whose layers attend within windows, except four that attend over the whole picture.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- image encoder
 
-SCORES_PER_BLOCK = {"cpu": 2**19, "cuda": 2**23}  # of one head in global attention: what the CPU's cache holds; few launches on a GPU
+# How many scores of a head global attention holds at a time: on the CPU what fits its cache, on a GPU enough to keep it
+# busy with few launches, elsewhere in between.
+SCORES_PER_BLOCK = {"cpu": 2**19, "cuda": 2**23}
 
 
 def relative_positions(table, size):
@@ -91,14 +86,18 @@ def relative_positions(table, size):
 def attend(q, k, v, bias_h, bias_w):
     """softmax(q k^T / sqrt(c) + bias) v, where the bias of a query for key (y, x) is bias_h[..., y] + bias_w[..., x].
 
-    q (M, heads, Q, c), k and v (M, heads, H * W, c), bias_h (M, heads, Q, H), bias_w (M, heads, Q, W) -> (M, heads, Q, c)
+    For M windows of S x S keys and Q queries: q (M, heads, Q, c), k and v (M, heads, S * S, c), bias_h and bias_w
+    (M, heads, Q, S) -> (M, heads, Q, c).
     """
-    bias = (bias_h[..., :, None] + bias_w[..., None, :]).flatten(-2)  # (M, heads, Q, H * W)
+    bias = (bias_h[..., :, None] + bias_w[..., None, :]).flatten(-2)  # (M, heads, Q, S * S)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with decomposed relative positions, over windows or (window=0) the whole picture."""
+    """Multi-head self-attention within windows or, with window=0, over the whole picture.
+
+    Relative positions are decomposed: how far down and how far right of a key its query lies, scored apart.
+    """
 
     def __init__(self, d, heads, window, size):
         super().__init__()
@@ -114,18 +113,19 @@ class Attention(nn.Module):
         qkv = self.qkv(x)  # (N, H, W, 3d)
         S = self.window or H  # side of the square within which tokens attend
         ny, nx = -(-H // S), -(-W // S)  # windows down and across
-        if (ny * S, nx * S) != (H, W):  # pad with the bias: what qkv makes of the zeros that the official code pads with
+        if (ny * S, nx * S) != (H, W):  # pad with what qkv makes of the official code's zeros
             padded = self.qkv.bias.to(qkv.dtype).expand(N, ny * S, nx * S, 3 * d).clone()
             padded[:, :H, :W] = qkv
             qkv = padded
-        qkv = qkv.view(N, ny, S, nx, S, 3, self.heads, d // self.heads).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = qkv.reshape(3, N * ny * nx, self.heads, S, S, d // self.heads)  # each (M, heads, S, S, c), M windows
-        bias_h = torch.einsum("mhyxc,ykc->mhyxk", q, relative_positions(self.rel_pos_h, S).to(q.dtype)).flatten(2, 3)
-        bias_w = torch.einsum("mhyxc,xkc->mhyxk", q, relative_positions(self.rel_pos_w, S).to(q.dtype)).flatten(2, 3)
-        q, k, v = q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)  # (M, heads, S * S, c)
+        qkv = qkv.view(N, ny, S, nx, S, 3, self.heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        q, k, v = qkv.reshape(3, N * ny * nx, self.heads, S, S, -1)  # (M, heads, S, S, c) each; M windows in all
+        down, right = (relative_positions(table, S).to(q.dtype) for table in (self.rel_pos_h, self.rel_pos_w))
+        bias_h = torch.einsum("mhyxc,ykc->mhyxk", q, down).flatten(2, 3)  # (M, heads, S * S, S)
+        bias_w = torch.einsum("mhyxc,xkc->mhyxk", q, right).flatten(2, 3)
+        q, k, v = (t.flatten(2, 3) for t in (q, k, v))  # (M, heads, S * S, c)
         if self.window:
             x = attend(q, k, v, bias_h, bias_w)
-        else:  # scores are made block by block and, in training, made again on the way back rather than kept
+        else:  # block by block; for training, scores are computed again in the backward pass rather than kept
             queries = min(S * S, max(1, SCORES_PER_BLOCK.get(x.device.type, 2**21) // S**2))
             keep = queries == S * S or not torch.is_grad_enabled()
             block = attend if keep else functools.partial(recompute, attend, use_reentrant=False)
@@ -150,41 +150,27 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class PatchEmbed(nn.Module):
-    """Cut the picture into patches and map each to a token."""
-
-    def __init__(self, d, patch):
-        super().__init__()
-        self.proj = nn.Conv2d(3, d, kernel_size=patch, stride=patch)
-
-    def forward(self, x):  # (N, 3, image_size, image_size) -> (N, H, W, d)
-        return self.proj(x).permute(0, 2, 3, 1)
-
-
 class ImageEncoder(nn.Module):
-    """ViT with windows and a convolutional neck: (N, 3, image_size, image_size) -> (N, C, H, W), H = W = image_size / patch."""
+    """A ViT, most of whose layers attend within windows and a few over the whole picture, and a convolutional neck."""
 
     def __init__(self, d, depth, heads, global_layers, window, image_size, patch, C):
         super().__init__()
         self.img_size = image_size
         size = image_size // patch
-        self.patch_embed = PatchEmbed(d, patch)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, d, kernel_size=patch, stride=patch)))
         self.pos_embed = nn.Parameter(torch.zeros(1, size, size, d))
         self.blocks = nn.ModuleList(Block(d, heads, 0 if i in global_layers else window, size) for i in range(depth))
         self.neck = nn.Sequential(nn.Conv2d(d, C, kernel_size=1, bias=False), LayerNorm2d(C),
                                   nn.Conv2d(C, C, kernel_size=3, padding=1, bias=False), LayerNorm2d(C))
 
-    def forward(self, x):
-        x = self.patch_embed(x) + self.pos_embed
+    def forward(self, x):  # (N, 3, image_size, image_size) -> (N, C, H, W), H = W = image_size / patch
+        x = self.patch_embed(x).permute(0, 2, 3, 1) + self.pos_embed  # (N, H, W, d)
         for block in self.blocks:
             x = block(x)
         return self.neck(x.permute(0, 3, 1, 2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompt encoder: coordinates become Fourier features plus a learned vector for what they mean.
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------- prompt encoder
 
 class PositionEmbeddingRandom(nn.Module):
     """Positions in the unit square -> sines and cosines of random projections (fixed, and stored in the checkpoint)."""
@@ -200,9 +186,9 @@ class PositionEmbeddingRandom(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """Points, boxes and masks -> sparse tokens (P, tokens, C) and a dense map (P, C, H, W).
+    """Points and boxes become sparse tokens (P, T, C), masks a dense map (P, C, H, W) to be added to the picture's.
 
-    Labels of points: 1 object, 0 background, -1 no point (to fill up prompts of different lengths).
+    Labels of points: 1 object, 0 background, -1 no point (fills prompts up to one length).
     """
 
     def __init__(self, C, size, image_size):
@@ -223,39 +209,34 @@ class PromptEncoder(nn.Module):
         return self.pe_layer(torch.stack([x, y], dim=-1)).permute(2, 0, 1)[None]
 
     def embed_coords(self, coords, labels):
-        """Coordinates (P, K, 2) in pixels of the scaled picture and labels (P, K) -> (P, K, C). Labels 2, 3: box corners."""
+        """Pixels (P, K, 2) of the scaled picture and labels (P, K) -> (P, K, C). Labels 2 and 3 are the box corners."""
         positions = self.pe_layer((coords + 0.5) / self.image_size)  # + 0.5: the centre of the pixel
         meaning = torch.cat([self.not_a_point_embed.weight] + [e.weight for e in self.point_embeddings])[labels + 1]
-        return torch.where(labels[..., None] < 0, torch.zeros_like(positions), positions) + meaning
+        return positions.masked_fill(labels[..., None] < 0, 0) + meaning  # "no point" has no position
 
     def forward(self, points, boxes, masks):
-        """points: (coords (P, K, 2), labels (P, K)) or None; boxes (P, 4) or None; masks (P, 1, 4H, 4W) logits or None.
+        """points: (coords (P, K, 2), labels (P, K)); boxes (P, 4) xyxy; masks (P, 1, 4H, 4W) logits; each may be None.
 
-        The official rule: points without a box get one "no point" token more, where the box would be.
+        As in the official code, points without a box get one "no point" token more, where the box would be.
         """
         weight, coords, labels = self.no_mask_embed.weight, [], []
         P = next((len(p) for p in (points and points[0], boxes, masks) if p is not None), 1)
         if points is not None:
-            coords.append(points[0].float())
-            labels.append(points[1].long())
-            if boxes is None:
-                coords.append(torch.zeros(P, 1, 2, device=weight.device))
-                labels.append(torch.full((P, 1), -1, device=weight.device))
+            extra = int(boxes is None)
+            coords.append(F.pad(points[0].float(), (0, 0, 0, extra)))
+            labels.append(F.pad(points[1].long(), (0, extra), value=-1))
         if boxes is not None:
             coords.append(boxes.float().reshape(P, 2, 2))
             labels.append(torch.tensor([[2, 3]], device=weight.device).expand(P, 2))
-        sparse = self.embed_coords(torch.cat(coords, 1), torch.cat(labels, 1)) if coords else weight.new_empty(P, 0, self.C)
+        sparse, dense = weight.new_empty(P, 0, self.C), weight.view(1, -1, 1, 1).expand(P, -1, self.size, self.size)
+        if coords:
+            sparse = self.embed_coords(torch.cat(coords, 1), torch.cat(labels, 1))
         if masks is not None:
             dense = self.mask_downscaling(masks)
-        else:
-            dense = weight.view(1, -1, 1, 1).expand(P, -1, self.size, self.size)
         return sparse, dense
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Mask decoder: tokens and picture attend to each other, then each mask token becomes a 1x1 convolution over the picture.
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------- mask decoder
 
 class CrossAttention(nn.Module):
     """Multi-head attention whose inner width may be smaller than its outer width."""
@@ -280,7 +261,7 @@ class TwoWayAttentionBlock(nn.Module):
 
     def __init__(self, C, heads, mlp, first):
         super().__init__()
-        self.first = first  # the first layer's self-attention has neither positions nor a residual
+        self.first = first  # the first layer's self-attention adds neither positions nor a residual
         self.self_attn = CrossAttention(C, heads)
         self.norm1 = nn.LayerNorm(C)
         self.cross_attn_token_to_image = CrossAttention(C, heads, downsample=2)
@@ -290,13 +271,10 @@ class TwoWayAttentionBlock(nn.Module):
         self.norm4 = nn.LayerNorm(C)
         self.cross_attn_image_to_token = CrossAttention(C, heads, downsample=2)
 
-    def forward(self, tokens, image, token_pe, image_pe):
-        if self.first:
-            tokens = self.self_attn(tokens, tokens, tokens)
-        else:
-            q = tokens + token_pe
-            tokens = tokens + self.self_attn(q, q, tokens)
-        tokens = self.norm1(tokens)
+    def forward(self, tokens, image, token_pe, image_pe):  # tokens (P, T, C), image (P, HW, C) -> both
+        q = tokens if self.first else tokens + token_pe
+        attended = self.self_attn(q, q, tokens)
+        tokens = self.norm1(attended if self.first else tokens + attended)
         tokens = self.norm2(tokens + self.cross_attn_token_to_image(tokens + token_pe, image + image_pe, image))
         tokens = self.norm3(tokens + self.mlp(tokens))
         image = self.norm4(image + self.cross_attn_image_to_token(image + image_pe, tokens + token_pe, tokens))
@@ -304,7 +282,7 @@ class TwoWayAttentionBlock(nn.Module):
 
 
 class TwoWayTransformer(nn.Module):
-    """Two such layers and a last look of the tokens at the picture. The tokens' own values serve as their positions."""
+    """Two such layers and a last look of the tokens at the picture. What the tokens are at first is their position."""
 
     def __init__(self, C, heads, mlp, depth=2):
         super().__init__()
@@ -334,7 +312,10 @@ class MLP(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Picture and prompt tokens -> four masks and their predicted IoU: one for clear prompts, three for ambiguous ones."""
+    """Picture and prompt -> four masks, one for a clear prompt and three for an ambiguous one, and their predicted IoU.
+
+    Tokens and picture attend to each other; then each mask's token becomes a 1x1 convolution over the picture.
+    """
 
     def __init__(self, C, mlp):
         super().__init__()
@@ -348,32 +329,34 @@ class MaskDecoder(nn.Module):
         self.iou_prediction_head = MLP(C, 256, 256, 4)
 
     def predict_masks(self, image_embeddings, image_pe, sparse, dense):
-        """All four: logits (P, 4, 4H, 4W) and predicted IoU (P, 4)."""
+        """All four: logits (P, 4, 4H, 4W) and predicted IoU (P, 4).
+
+        image_embeddings (1 or P, C, H, W), image_pe (1, C, H, W), sparse (P, T, C), dense (P, C, H, W).
+        """
         P, (C, H, W) = len(sparse), image_embeddings.shape[1:]
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (5, C)
-        tokens = torch.cat([output_tokens.expand(P, -1, -1), sparse], dim=1)
+        tokens = torch.cat([output_tokens.expand(P, -1, -1), sparse], dim=1)  # (P, 5 + T, C)
         image = (image_embeddings + dense).flatten(2).transpose(1, 2)  # (P, HW, C)
         tokens, image = self.transformer(image, image_pe.flatten(2).transpose(1, 2), tokens)
         upscaled = self.output_upscaling(image.transpose(1, 2).reshape(P, C, H, W))  # (P, C / 8, 4H, 4W)
         kernels = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=1)
-        return (kernels @ upscaled.flatten(2)).unflatten(-1, upscaled.shape[2:]), self.iou_prediction_head(tokens[:, 0])
+        masks = (kernels @ upscaled.flatten(2)).unflatten(-1, upscaled.shape[2:])  # kernels (P, 4, C / 8)
+        return masks, self.iou_prediction_head(tokens[:, 0])
 
     def forward(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output):
-        """image_embeddings (1 or P, C, H, W), sparse (P, T, C), dense (P, C, H, W) -> logits (P, 1 or 3, 4H, 4W), scores."""
-        masks, scores = self.predict_masks(image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings)
+        """The three masks for an ambiguous prompt, or the one for a clear prompt: (P, 3 or 1, 4H, 4W), and scores."""
+        masks, scores = self.predict_masks(
+            image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings)
         return (masks[:, 1:], scores[:, 1:]) if multimask_output else (masks[:, :1], scores[:, :1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole model, and its weights.
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------- the whole model, and its weights
 
 class Sam(nn.Module):
     """Image encoder, prompt encoder and mask decoder. Gradients flow: only `SamPredictor` runs without them."""
 
     mask_threshold = 0.0  # a pixel belongs to the mask where its logit is above this
-    image_format = "RGB"
+    image_format = "RGB"  # what `preprocess` takes
 
     def __init__(self, backbone):
         super().__init__()
@@ -388,20 +371,20 @@ class Sam(nn.Module):
 
     @property
     def device(self):
-        """Where the model lies."""
         return self.pixel_mean.device
 
     def preprocess(self, x):
-        """RGB in 0..255, (3, h, w) or (N, 3, h, w), already scaled to the model's size -> normalised, padded to a square."""
+        """RGB in 0..255, (3, h, w) or (N, 3, h, w), already scaled -> normalised and padded to the model's square."""
         side = self.image_encoder.img_size
         x = (x - self.pixel_mean) / self.pixel_std
         return F.pad(x, (0, side - x.shape[-1], 0, side - x.shape[-2]))
 
     def decode(self, image_embeddings, points=None, boxes=None, masks=None, multimask_output=False, image_index=None):
-        """Prompts -> low_res_logits (P, 1 or 3, 4H, 4W) and predicted IoU (P, 1 or 3). Everything that predicts goes through here.
+        """Prompts -> low-resolution logits (P, M, 4H, 4W), predicted IoU (P, M). All that predicts goes through here.
 
-        image_embeddings (N, C, H, W); points: (coords (P, K, 2), labels (P, K)); boxes (P, 4); both in pixels of the scaled
-        picture; masks (P, 1, 4H, 4W). image_index (P,) says which picture each prompt is for; not needed when N is 1.
+        image_embeddings (N, C, H, W); points: (coords (P, K, 2), labels (P, K)), boxes (P, 4), both in pixels of the
+        scaled picture; masks (P, 1, 4H, 4W); image_index (P,): the picture that each prompt is for, not needed if N is
+        1. M is 3 with multimask_output, else 1.
         """
         sparse, dense = self.prompt_encoder(points, boxes, masks)
         if image_index is not None:
@@ -409,34 +392,36 @@ class Sam(nn.Module):
         return self.mask_decoder(image_embeddings, self.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output)
 
     def postprocess_masks(self, masks, input_size, original_size):
-        """Low-resolution logits (P, M, 4H, 4W) -> logits (P, M, *original_size): scale up, cut the padding off, scale to fit.
+        """Low-resolution logits (P, M, 4H, 4W) -> logits (P, M, height, width) for the picture, its padding cut off.
 
         input_size: (height, width) of the scaled picture before padding; original_size: of the picture itself.
         """
-        side = self.image_encoder.img_size
-        masks = F.interpolate(masks.float(), (side, side), mode="bilinear", align_corners=False)
-        return F.interpolate(masks[..., :input_size[0], :input_size[1]], original_size, mode="bilinear", align_corners=False)
+        (height, width), side = input_size, self.image_encoder.img_size
+        scale = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
+        return scale(scale(masks.float(), (side, side))[..., :height, :width], original_size)
 
     def forward(self, batched_input, multimask_output):
         """The official batch form: a list of dicts, one per picture, -> a list of dicts.
 
-        In: image (3, h, w), original_size (H, W), and any of point_coords (P, K, 2), point_labels (P, K), boxes (P, 4),
-        mask_inputs (P, 1, 4H, 4W). Out: masks (P, M, H, W) bool, iou_predictions (P, M), low_res_logits (P, M, 4H, 4W).
+        In: image (3, h, w), original_size (height, width), and any of point_coords (P, K, 2) with point_labels (P, K),
+        boxes (P, 4), mask_inputs (P, 1, 4H, 4W); image and coordinates are scaled already (`ResizeLongestSide`).
+        Out: masks (P, M, height, width) bool, iou_predictions (P, M), low_res_logits (P, M, 4H, 4W).
         """
         embeddings = self.image_encoder(torch.stack([self.preprocess(x["image"]) for x in batched_input]))
         outputs = []
         for x, embedding in zip(batched_input, embeddings):
             points = (x["point_coords"], x["point_labels"]) if "point_coords" in x else None
-            low_res, scores = self.decode(embedding[None], points, x.get("boxes"), x.get("mask_inputs"), multimask_output)
+            prompts = points, x.get("boxes"), x.get("mask_inputs")
+            low_res, scores = self.decode(embedding[None], *prompts, multimask_output)
             masks = self.postprocess_masks(low_res, x["image"].shape[-2:], x["original_size"]) > self.mask_threshold
             outputs.append(dict(masks=masks, iou_predictions=scores, low_res_logits=low_res))
         return outputs
 
 
 def build_sam(backbone="vit_b", checkpoint=None):
-    """A `Sam` in eval mode on the CPU, with the weights of `checkpoint` (a path) or random ones.
+    """A `Sam` in eval mode with the weights in `checkpoint` (a path), or random ones.
 
-    Raises ValueError for an unknown backbone, FileNotFoundError for a missing file and CheckpointError for a wrong one.
+    Raises ValueError for an unknown backbone, FileNotFoundError for a missing file, CheckpointError for a wrong one.
     """
     if backbone not in BACKBONES:
         raise ValueError(f"unknown backbone {backbone!r}: choose one of {', '.join(BACKBONES)}")
@@ -449,51 +434,56 @@ def build_sam(backbone="vit_b", checkpoint=None):
 
 
 sam_model_registry = {name: functools.partial(build_sam, name) for name in BACKBONES}  # the official notebooks' entry
+sam_model_registry["default"] = sam_model_registry["vit_h"]
 
 
 def read_checkpoint(path, backbone):
-    """The state dict in `path`, checked against `backbone` key by key. Raises CheckpointError in one line that says what is wrong."""
+    """The state dict in `path`, checked against `backbone` key by key. Raises FileNotFoundError or CheckpointError."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}: give an existing file with --checkpoint")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a readable PyTorch weights file (cut off while downloading?): fetch it again "
-                              f"({str(error).splitlines()[0][:80] if str(error) else type(error).__name__})") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        raise CheckpointError(f"{path} is not a readable PyTorch weights file (cut off while downloading?): "
+                              f"fetch it again ({reason})") from error
     position = weights.get("image_encoder.pos_embed") if isinstance(weights, dict) else None
     if not isinstance(position, torch.Tensor) or position.dim() != 4:
-        raise CheckpointError(f"{path} is not a SAM checkpoint: it has no key image_encoder.pos_embed with 4 dimensions")
-    foreign = [key for key, value in weights.items() if not (isinstance(value, torch.Tensor) and value.is_floating_point())]
-    if foreign:
-        raise CheckpointError(f"{path}: {foreign[0]} is not a tensor of floating-point numbers: not a SAM checkpoint")
-    width, depth = position.shape[-1], len({key.split(".")[2] for key in weights if key.startswith("image_encoder.blocks.")})
-    found = [name for name, sizes in BACKBONES.items() if (sizes["d"], sizes["depth"]) == (width, depth)]
-    if found != [backbone]:
-        raise CheckpointError(f"{path} holds {found[0] if found else f'an encoder of width {width} and depth {depth}'}, "
-                              f"not {backbone}" + (f": say --backbone {found[0]}" if found else ""))
+        raise CheckpointError(f"{path} is not a SAM checkpoint: it has no image_encoder.pos_embed with 4 dimensions")
+    for key, value in weights.items():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            raise CheckpointError(f"{path}: {key} is not a tensor of floating-point numbers: not a SAM checkpoint")
+    blocks = {key.split(".")[2] for key in weights if key.startswith("image_encoder.blocks.")}
+    width, depth = position.shape[-1], len(blocks)
+    found = {(sizes["d"], sizes["depth"]): name for name, sizes in BACKBONES.items()}.get((width, depth))
+    if found != backbone:
+        raise CheckpointError(f"{path} holds {found}, not {backbone}: say --backbone {found}" if found else
+                              f"{path} holds an encoder of width {width} and depth {depth}, not {backbone}")
     with torch.device("meta"):
         expected = Sam(backbone).state_dict()
-    for problem, keys in (("lacks", expected.keys() - weights.keys()), ("has the unknown key", weights.keys() - expected.keys())):
+    lacking, unknown = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    for problem, keys in (("lacks", lacking), ("has the unknown key", unknown)):
         if keys:
             raise CheckpointError(f"{path} {problem} {min(keys)} ({len(keys)} such): not a checkpoint of {backbone}")
-    for key, value in expected.items():
-        if weights[key].shape != value.shape:
-            raise CheckpointError(f"{path}: {key} has shape {tuple(weights[key].shape)}, {backbone} needs {tuple(value.shape)}")
-        if not weights[key].isfinite().all():
+    for key, value in weights.items():
+        if value.shape != expected[key].shape:
+            raise CheckpointError(f"{path}: {key} has shape {tuple(value.shape)}, "
+                                  f"{backbone} needs {tuple(expected[key].shape)}")
+        if not value.isfinite().all():
             raise CheckpointError(f"{path}: {key} holds NaN or infinite values: fetch the file again")
     return weights
 
 
 def find_checkpoint(backbone):
-    """Path of the backbone's weights: assets/ (vit_t), checkpoints/, the torch hub cache, else downloaded to there and verified."""
-    name = FILES[backbone]
-    here = os.path.dirname(os.path.abspath(__file__))
+    """Path of the backbone's weights: in assets/, checkpoints/ or the torch hub cache, else downloaded to the cache."""
+    name, here = FILES[backbone], os.path.dirname(os.path.abspath(__file__))
     cache = os.path.join(torch.hub.get_dir(), "checkpoints")
     for folder in (os.path.join(here, "assets"), "checkpoints", os.path.join(here, "checkpoints"), cache):
         if os.path.isfile(os.path.join(folder, name)):
             return os.path.join(folder, name)
     if backbone == "vit_t":
-        raise FileNotFoundError(f"assets/{name} is missing: it comes with this repository (or make it: train.py --pretrain)")
+        raise FileNotFoundError(f"assets/{name} is missing: it comes with this repository "
+                                "(or make it: train.py --pretrain)")
     print(f"downloading {URL}{name} to {cache}", file=sys.stderr)
     try:
         os.makedirs(cache, exist_ok=True)  # download_url_to_file writes beside the target, verifies, then renames
@@ -503,10 +493,7 @@ def find_checkpoint(backbone):
     return os.path.join(cache, name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prediction on one picture.
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------- prediction on one picture
 
 class ResizeLongestSide:
     """Scales a picture, and coordinates on it, so that its longer side is `target_length` pixels."""
@@ -520,22 +507,27 @@ class ResizeLongestSide:
         return int(height * scale + 0.5) or 1, int(width * scale + 0.5) or 1
 
     def apply_image(self, image):
-        """uint8 HxWx3 -> uint8 hxwx3; Pillow's antialiased bilinear filter, which the official code uses too."""
+        """uint8 HxWx3 -> uint8 hxwx3, by Pillow's antialiased bilinear filter as in the official code."""
         height, width = self.get_preprocess_shape(*image.shape[:2])
         if image.shape[:2] == (height, width):
             return image
         return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
+    def apply_image_torch(self, image):
+        """float (N, 3, H, W) -> (N, 3, h, w), nearly as apply_image does it."""
+        return F.interpolate(image, self.get_preprocess_shape(*image.shape[-2:]), mode="bilinear", antialias=True)
+
     def apply_coords(self, coords, original_size):
-        """(..., 2) xy in pixels of the picture (array or tensor) -> the same in pixels of the scaled picture, float32."""
-        old_h, old_w = original_size
-        new_h, new_w = self.get_preprocess_shape(old_h, old_w)
+        """(..., 2) xy in pixels of the picture (array or tensor) -> in pixels of the scaled picture, float32."""
+        height, width = original_size
+        new_height, new_width = self.get_preprocess_shape(height, width)
+        scale = new_width / width, new_height / height
         if isinstance(coords, torch.Tensor):
-            return coords.float() * torch.tensor([new_w / old_w, new_h / old_h], dtype=torch.float32, device=coords.device)
-        return np.asarray(coords, dtype=np.float32) * np.array([new_w / old_w, new_h / old_h], dtype=np.float32)
+            return coords.float() * torch.tensor(scale, dtype=torch.float32, device=coords.device)
+        return np.asarray(coords, dtype=np.float32) * np.array(scale, dtype=np.float32)
 
     def apply_boxes(self, boxes, original_size):
-        """(..., 4) xyxy, likewise."""
+        """(n, 4) xyxy, likewise."""
         return self.apply_coords(boxes.reshape(-1, 2, 2), original_size).reshape(-1, 4)
 
     apply_coords_torch, apply_boxes_torch = apply_coords, apply_boxes  # the official names for tensors
@@ -551,7 +543,6 @@ class SamPredictor:
 
     @property
     def device(self):
-        """Where the model lies."""
         return self.model.device
 
     def reset_image(self):
@@ -566,7 +557,7 @@ class SamPredictor:
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ValueError(f"the image is {image.dtype} {image.shape}: set_image needs uint8 HxWx3 in 0..255")
-        scaled = self.transform.apply_image(image if image_format == "RGB" else image[..., ::-1])
+        scaled = self.transform.apply_image(image if image_format == "RGB" else image[..., ::-1].copy())
         x = torch.tensor(scaled, device=self.device).permute(2, 0, 1)[None]  # uint8: a quarter of the bytes to the GPU
         self.set_torch_image(x, image.shape[:2])
 
@@ -574,23 +565,23 @@ class SamPredictor:
     def set_torch_image(self, transformed_image, original_image_size):
         """Encode a picture given as (1, 3, h, w) in 0..255, already scaled; original_image_size is (height, width)."""
         if transformed_image.ndim != 4 or max(transformed_image.shape[2:]) != self.transform.target_length:
-            raise ValueError(f"the image is {tuple(transformed_image.shape)}: set_torch_image needs (1, 3, h, w) with a longer "
-                             f"side of {self.transform.target_length}")
+            raise ValueError(f"the image is {tuple(transformed_image.shape)}: set_torch_image needs (1, 3, h, w) "
+                             f"with a longer side of {self.transform.target_length}")
         self.reset_image()
         self.original_size, self.input_size = tuple(original_image_size), tuple(transformed_image.shape[-2:])
         self.features = self.model.image_encoder(self.model.preprocess(transformed_image))
         self.is_image_set = True
 
-    def predict(self, point_coords=None, point_labels=None, box=None, mask_input=None, multimask_output=True, return_logits=False):
+    def predict(self, point_coords=None, point_labels=None, box=None, mask_input=None,
+                multimask_output=True, return_logits=False):
         """Masks for one prompt, as NumPy arrays.
 
-        point_coords (K, 2) xy pixels of the picture; point_labels (K,) 1 object, 0 background; box (4,) xyxy; mask_input
-        (1, 4H, 4W), low_res_logits of an earlier call. Returns masks (M, height, width) bool (float32 logits if return_logits),
-        scores (M,) predicted IoU, low_res_logits (M, 4H, 4W); M is 3 with multimask_output, else 1.
+        point_coords (K, 2) xy in pixels of the picture; point_labels (K,) 1 object, 0 background; box (4,) xyxy;
+        mask_input (1, 4H, 4W), one of an earlier call's low_res_logits. Returns masks (M, height, width), bool or with
+        return_logits float32, predicted IoU (M,), low_res_logits (M, 4H, 4W); M is 3 with multimask_output, else 1.
         Raises RuntimeError before set_image, ValueError for prompts that make no sense.
         """
-        if not self.is_image_set:
-            raise RuntimeError("no image yet: call set_image(image) before predict(...)")
+        self.get_image_embedding()  # raises before set_image
         coords = labels = boxes = masks = None
         if (point_coords is None) != (point_labels is None):
             raise ValueError("point_coords and point_labels go together: give both or none")
@@ -601,7 +592,8 @@ class SamPredictor:
                 raise ValueError(f"point_labels are {labels.tolist()}: use 1 for the object and 0 for the background")
             coords, labels = self.transform.apply_coords(coords, self.original_size)[None], labels.long()[None]
         if box is not None:
-            boxes = self.transform.apply_boxes(_tensor("box", np.reshape(box, -1), (4,), self.device), self.original_size)
+            boxes = _tensor("box", np.reshape(box, -1), (4,), self.device)
+            boxes = self.transform.apply_boxes(boxes, self.original_size)
         if mask_input is not None:
             side = 4 * self.model.prompt_encoder.size
             masks = _tensor("mask_input", mask_input, (1, side, side), self.device)[None]
@@ -609,21 +601,21 @@ class SamPredictor:
         return masks[0].cpu().numpy(), scores[0].float().cpu().numpy(), low_res[0].float().cpu().numpy()
 
     @torch.no_grad()
-    def predict_torch(self, point_coords, point_labels, boxes=None, mask_input=None, multimask_output=True, return_logits=False):
+    def predict_torch(self, point_coords, point_labels, boxes=None, mask_input=None,
+                      multimask_output=True, return_logits=False):
         """Masks for P prompts at once. Tensors on the model's device, coordinates already scaled (`transform.apply_*`).
 
         point_coords (P, K, 2), point_labels (P, K), boxes (P, 4), mask_input (P, 1, 4H, 4W); any may be None.
         Returns masks (P, M, height, width), scores (P, M), low_res_logits (P, M, 4H, 4W).
         """
-        if not self.is_image_set:
-            raise RuntimeError("no image yet: call set_image(image) before predict_torch(...)")
+        features = self.get_image_embedding()
         points = None if point_coords is None else (point_coords, point_labels)
-        low_res, scores = self.model.decode(self.features, points, boxes, mask_input, multimask_output)
+        low_res, scores = self.model.decode(features, points, boxes, mask_input, multimask_output)
         masks = self.model.postprocess_masks(low_res, self.input_size, self.original_size)
         return masks if return_logits else masks > self.model.mask_threshold, scores, low_res
 
     def get_image_embedding(self):
-        """The picture's embedding (1, C, H, W)."""
+        """The picture's embedding (1, C, H, W). RuntimeError before set_image."""
         if not self.is_image_set:
             raise RuntimeError("no image yet: call set_image(image) first")
         return self.features
@@ -640,13 +632,10 @@ def _tensor(name, value, shape, device):
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# python sam.py photo.jpg --point 500,375
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------- python sam.py photo.jpg --point 500,375
 
 def draw_overlay(image, mask, points, labels, box):
-    """The picture with the mask tinted and outlined, points (green: object, red: background) and box: a Pillow image."""
+    """A Pillow image: the picture, the mask tinted and outlined, the box, points green (object) or red (background)."""
     line = max(2, round(max(image.shape[:2]) / 400))
     solid = Image.fromarray(mask).convert("L")
     outline = ImageChops.difference(solid.filter(ImageFilter.MaxFilter(2 * line + 1)), solid)
@@ -657,40 +646,37 @@ def draw_overlay(image, mask, points, labels, box):
     if box is not None:
         pen.rectangle(box, outline=(255, 200, 0), width=line)
     for (x, y), label in zip(points, labels):
-        r = 4 * line
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=(40, 170, 60) if label else (215, 40, 40), outline="white", width=line)
+        colour = (40, 170, 60) if label else (215, 40, 40)
+        pen.circle((x, y), 4 * line, fill=colour, outline="white", width=line)
     return picture
 
 
 def main(argv=None):
     """Segment one picture from the command line; returns the exit code. A user's mistake ends in one line."""
-    from data import DatasetError, read_image, save_png  # here, for the command line only: these files build on this one
+    from data import DatasetError, read_image, save_png  # here, so that the model itself needs no other file
     from gara import load_adapter
 
-    def numbers(*lengths):
-        def read(text):
-            values = tuple(float(value) for value in text.split(","))
-            if len(values) not in lengths:
-                raise ValueError
-            return values
-        read.__name__ = " or ".join(f"{n} comma-separated numbers" for n in lengths)  # argparse: "invalid ... value"
-        return read
+    def numbers(text):
+        return tuple(float(value) for value in text.split(","))
 
     parser = argparse.ArgumentParser(description="Segment an object of a picture from points and a box.")
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
-    parser.add_argument("picture")
-    parser.add_argument("--point", type=numbers(2, 3), action="append", default=[], metavar="X,Y[,0]",
-                        help="a pixel of the object, or with ,0 of the background; repeat for more")
-    parser.add_argument("--box", type=numbers(4), metavar="X0,Y0,X1,Y1")
-    parser.add_argument("--backbone", choices=BACKBONES, default="vit_b")
-    parser.add_argument("--checkpoint", help="SAM weights; default: assets/, checkpoints/, the torch hub cache, else downloaded")
-    parser.add_argument("--adapter", help="an adapter file that train.py wrote")
-    parser.add_argument("--out", default="overlay.png", help="PNG with the mask drawn on the picture (default overlay.png)")
-    parser.add_argument("--mask", help="also write the mask alone: a PNG, 255 inside, 0 outside")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument
+    add("picture")
+    add("--point", type=numbers, action="append", default=[], metavar="X,Y[,0]",
+        help="a pixel of the object, or with ,0 of the background; repeat for more")
+    add("--box", type=numbers, metavar="X0,Y0,X1,Y1")
+    add("--backbone", choices=BACKBONES, default="vit_b")
+    add("--checkpoint", help="SAM weights; default: assets/, checkpoints/, the torch hub cache, else downloaded")
+    add("--adapter", help="an adapter file that train.py wrote")
+    add("--out", default="overlay.png", help="PNG with the mask drawn on the picture (default overlay.png)")
+    add("--mask", help="also write the mask alone: a PNG, 255 inside, 0 outside")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if not args.point and args.box is None:
         parser.error("say what to segment: --point X,Y or --box X0,Y0,X1,Y1")
+    if any(len(point) not in (2, 3) for point in args.point) or len(args.box or range(4)) != 4:
+        parser.error("--point takes 2 or 3 numbers (X,Y or X,Y,0), --box takes 4 (X0,Y0,X1,Y1)")
     try:
         for path in filter(None, (args.out, args.mask)):
             if not os.path.isdir(os.path.dirname(path) or "."):
@@ -698,7 +684,7 @@ def main(argv=None):
         image = read_image(args.picture)
         height, width = image.shape[:2]
         for x, y, *_ in args.point + ([args.box[:2], args.box[2:]] if args.box else []):
-            if not (0 <= x < width and 0 <= y < height):
+            if not (0 <= x <= width and 0 <= y <= height):
                 raise ValueError(f"{x:g},{y:g} lies outside {args.picture}, which is {width} wide and {height} high")
         if args.box and not (args.box[0] < args.box[2] and args.box[1] < args.box[3]):
             raise ValueError(f"--box {','.join(f'{v:g}' for v in args.box)}: needs x0 < x1 and y0 < y1")
@@ -708,16 +694,17 @@ def main(argv=None):
         predictor = SamPredictor(sam)
         predictor.set_image(image)
         coords, labels = [p[:2] for p in args.point], [p[2] if len(p) == 3 else 1 for p in args.point]
-        masks, scores, _ = predictor.predict(coords or None, labels or None, args.box,
-                                             multimask_output=len(coords) == 1 and args.box is None)  # one point is ambiguous
+        ambiguous = len(coords) == 1 and args.box is None  # the best of three masks then
+        masks, scores, _ = predictor.predict(coords or None, labels or None, args.box, multimask_output=ambiguous)
         best = int(scores.argmax())
         save_png(draw_overlay(image, masks[best], coords, labels, args.box), args.out)
         if args.mask:
             save_png(Image.fromarray(masks[best]).convert("L"), args.mask)
-    except (DatasetError, ValueError, OSError, RuntimeError) as error:
+    except (DatasetError, ValueError, OSError, RuntimeError, AssertionError) as error:  # the last: torch without CUDA
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
-    print(f"{args.out}: {masks[best].sum():,} pixels, {masks[best].mean():.1%} of the picture, predicted IoU {scores[best]:.3f}")
+    print(f"{args.out}: {masks[best].sum():,} pixels, {masks[best].mean():.1%} of the picture, "
+          f"predicted IoU {scores[best]:.3f}")
     return 0
 
 

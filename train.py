@@ -1,6 +1,6 @@
 """Trains adapters on a frozen SAM with the segmentation loss alone, on degraded pictures that need no clean twin.
 
-    python train.py --data demo/                                GaRA on the tiny SAM that comes with the project: minutes
+    python train.py --data demo/                                GaRA on the tiny SAM of this project, in minutes
     python train.py --backbone vit_b --data robustseg/          the paper's setting
     python train.py --backbone vit_b --data real/ --no-corrupt  pictures that are degraded already
     python train.py --pretrain --data scenes/                   the tiny SAM itself, from scratch, on clear pictures
@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import pickle
 import sys
 import time
 
@@ -30,8 +31,8 @@ import gara
 from corruptions import CORRUPTIONS
 from sam import BACKBONES, FILES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint
 
-# What a run uses where the command line is silent. The paper gives Adam, batch 8 and both prompt kinds. Its learning rates
-# did not survive in the text we have and its number of steps is not stated: 1e-4 is RobustSAM's, 40,000 is ours.
+# What a run uses where the command line is silent. The paper gives Adam, batch 8 and both prompt kinds. Its learning
+# rates did not survive in the text we have, its number of steps is not stated: 1e-4 is RobustSAM's, 40,000 is ours.
 DEFAULTS = {"vit_t": dict(steps=800, lr=1e-3), "vit_b": dict(steps=40000, lr=1e-4),
             "vit_l": dict(steps=40000, lr=1e-4), "vit_h": dict(steps=40000, lr=1e-4)}
 
@@ -46,9 +47,9 @@ class TrainingError(Exception):
 
 
 class Examples(torch.utils.data.Dataset):
-    """Example i of a run: a picture in a drawn condition, scaled to the model, with prompts and targets for some objects.
+    """Example i of a run: a picture in a drawn condition, scaled to the model, with prompts and targets for objects.
 
-    A bad sample is replaced by the next one of the epoch; its error travels along, for the main process to report.
+    A bad sample is replaced by the next one of the epoch; its error travels along in `bad`, for the main process.
     """
 
     def __init__(self, samples, backbone, count, seed, masks_per_image, corrupt, augment):
@@ -69,7 +70,7 @@ class Examples(torch.utils.data.Dataset):
                 return self.make(self.samples[int(index)], epoch, i) | dict(bad=bad)
             except data.SampleError as error:
                 bad.append(error)
-        raise TrainingError(f"none of the {len(order)} samples can be read; the first: {bad[0]}")
+        return TrainingError(f"none of the {len(order):,} samples can be used; the first: {bad[0]}")
 
     def make(self, sample, epoch, i):
         """A dict: name, condition, image uint8 (3, h, w), points (M, 3, 2), labels (M, 3), boxes (M, 4) and targets
@@ -80,8 +81,17 @@ class Examples(torch.utils.data.Dataset):
         masks = sample.masks()
         if self.augment:
             image, masks = vary(image, masks, rng)
+        targets = {}
+        for k in rng.permutation(len(masks)):
+            target = self.target(masks[k], image.shape[:2])
+            if target.max() >= 128:  # else too small for the model's output to show
+                targets[k] = target
+            if len(targets) == self.masks_per_image:
+                break
+        if not targets:
+            raise data.SampleError(f"{sample.source}: no mask is as large as a pixel of the model's output")
         # Always the same number of objects, some of them twice with other points if need be: all steps have one shape.
-        chosen = np.resize(rng.permutation(len(masks)), self.masks_per_image)
+        chosen = np.resize(list(targets), self.masks_per_image)
         drawn = [data.prompts(masks[k], data.seed_of(self.seed, i, slot)) for slot, k in enumerate(chosen)]
         resize, size = ResizeLongestSide(self.size), image.shape[:2]
         points = resize.apply_coords(np.stack([points for points, _ in drawn]), size)
@@ -92,16 +102,14 @@ class Examples(torch.utils.data.Dataset):
         scaled = resize.apply_image(image)
         return dict(name=sample.name, condition=condition, image=torch.tensor(scaled).permute(2, 0, 1),
                     points=torch.from_numpy(points), labels=torch.from_numpy(labels), boxes=torch.from_numpy(boxes),
-                    targets=self.targets(masks[chosen], scaled.shape[:2]))
+                    targets=torch.from_numpy(np.stack([targets[k] for k in chosen])))
 
-    def targets(self, masks, scaled_size):
-        """bool (M, height, width) -> uint8 (M, 4H, 4W): how much of each low-resolution pixel a mask covers, 0..255."""
-        targets = []
-        for mask in masks:
-            frame = Image.new("L", (self.size, self.size))  # like the picture: scaled, then padded right and below
-            frame.paste(Image.fromarray(mask).convert("L").resize(scaled_size[::-1], Image.Resampling.BILINEAR))
-            targets.append(np.asarray(frame.reduce(self.patch // 4)))
-        return torch.from_numpy(np.stack(targets))
+    def target(self, mask, size):
+        """bool HxW, of a picture of this size -> uint8 (4H, 4W): how much of each low-resolution pixel it covers."""
+        height, width = ResizeLongestSide(self.size).get_preprocess_shape(*size)
+        frame = Image.new("L", (self.size, self.size))  # like the picture: scaled, then padded right and below
+        frame.paste(Image.fromarray(mask).convert("L").resize((width, height), Image.Resampling.BILINEAR))
+        return np.asarray(frame.reduce(self.patch // 4))
 
 
 def vary(image, masks, rng):
@@ -115,7 +123,7 @@ def vary(image, masks, rng):
 
 
 def loosen(labels, boxes, rng):
-    """For `--pretrain`: prompts as people give them, one to three points (the rest marked "no point"), inexact boxes."""
+    """For `--pretrain`: prompts as people give them: one to three points (the rest "no point"), inexact boxes."""
     keep = rng.integers(1, 4, len(labels))
     sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
     return (np.where(np.arange(3) < keep[:, None], labels, -1),
@@ -125,8 +133,9 @@ def loosen(labels, boxes, rng):
 def batches(examples, first, batch_size, workers):
     """Lists of examples, beginning with batch number `first`."""
     indices = range(first * batch_size, len(examples))
+    # Its own generator: the loader draws a seed when it starts, and a resumed run must not draw one more than another.
     return torch.utils.data.DataLoader(examples, batch_size, sampler=indices, num_workers=workers, collate_fn=list,
-                                       persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
+                                       prefetch_factor=4 if workers else None, generator=torch.Generator())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,10 +194,10 @@ class Losses(torch.nn.Module):
         """
         sam, losses, ious = self.sam, [], {}
         for kind, these in (("point", slice(0, None, 2)), ("box", slice(1, None, 2))):
-            prompt = dict(points=(points[these], labels[these])) if kind == "point" else dict(boxes=boxes[these])
-            if not len(image_index[these]):
-                continue
-            sparse, dense = sam.prompt_encoder(prompt.get("points"), prompt.get("boxes"), None)
+            if kind == "point":
+                sparse, dense = sam.prompt_encoder((points[these], labels[these]), None, None)
+            else:
+                sparse, dense = sam.prompt_encoder(None, boxes[these], None)
             logits, scores = sam.mask_decoder.predict_masks(
                 embeddings[image_index[these]], sam.prompt_encoder.get_dense_pe(), sparse, dense)
             logits, truth = logits.float(), targets[these][:, None].expand_as(logits)
@@ -207,7 +216,7 @@ def validate(sam, dataset, limit, corrupt, autocast):
     """
     sam.eval()
     predictor, names, scores = SamPredictor(sam), tuple(CORRUPTIONS), {}
-    for sample in dataset[::max(1, len(dataset) // limit)][:limit]:
+    for sample in data.spread(dataset, limit):
         conditions = ("clear", names[data.seed_of(sample.name) % len(names)]) if corrupt else ("clear",)
         try:
             masks = sample.masks()
@@ -295,8 +304,9 @@ class Run:
         with self.autocast():
             loss, ious = self.losses(batch)
         if not loss.isfinite():
-            raise TrainingError(f"step {self.step}: the loss is {loss.item()} on {', '.join(x['name'] for x in batch)}; "
-                                "lower --lr or say --amp off (last.pt, if any, holds the last good state)")
+            names = ", ".join(example["name"] for example in batch)
+            raise TrainingError(f"step {self.step}: the loss is {loss.item()} on {names}; lower --lr or say --amp off "
+                                "(last.pt, if any, holds the last good state)")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.args.pretrain:  # early gradients throw random weights far off; an adapter starts from a trained model
@@ -309,15 +319,17 @@ class Run:
         """Validate; keep the best; write last.pt and the curve."""
         args = self.args
         scores = validate(self.sam, val_set, args.val_images, not (args.no_corrupt or args.pretrain), self.autocast)
-        print(f"step {self.step:,}  validation IoU  " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True)
+        each = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
+        print(f"step {self.step:,}  validation IoU  {each}", flush=True)
         score = sum(scores.values()) / len(scores)
         meta = dict(step=self.step, validation=scores, settings={key: str(value) for key, value in vars(args).items()})
         if score > self.best:
             self.best = score
             self.save(self.result, **meta)
         cuda_rng = torch.cuda.get_rng_state_all() if args.device.type == "cuda" else None
-        self.save("last.pt", **meta, training=dict(step=self.step, best=self.best, optimizer=self.optimizer.state_dict(),
-                                                   torch_rng=torch.get_rng_state(), cuda_rng=cuda_rng))
+        training = dict(step=self.step, best=self.best, optimizer=self.optimizer.state_dict(),
+                        torch_rng=torch.get_rng_state(), cuda_rng=cuda_rng)
+        self.save("last.pt", **meta, training=training)
         self.log(validation=scores, best=self.best)
         curve(self.path("log.jsonl"), self.path("curve.png"))
 
@@ -334,6 +346,8 @@ class Run:
             torch.save(content, path + ".part")
             os.replace(path + ".part", path)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            if os.path.exists(path + ".part"):
+                os.remove(path + ".part")
             raise TrainingError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
     def resume(self):
@@ -341,12 +355,15 @@ class Run:
         path = self.path("last.pt")
         if not os.path.isfile(path):
             raise TrainingError(f"--resume: there is no {path}; start without --resume, or name the run with --out")
-        if self.args.pretrain:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            self.sam.load_state_dict(content["sam"])
-        else:
-            content = gara.load_adapter(self.sam, path)
-        training = content["training"]
+        try:
+            if self.args.pretrain:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+                self.sam.load_state_dict(content["sam"])
+            else:
+                content = gara.load_adapter(self.sam, path)
+            training = content["training"]
+        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+            raise TrainingError(f"--resume: {path} is damaged or not of such a run; start again in another --out") from error
         self.optimizer.load_state_dict(training["optimizer"])
         self.step, self.best = training["step"], training["best"]
         torch.set_rng_state(training["torch_rng"])
@@ -366,11 +383,11 @@ def train(args):
     if args.epochs:
         args.steps = max(1, round(args.epochs * len(train_set) / args.batch_size))
     args.val_every = args.val_every or max(1, args.steps // 10)
-    os.makedirs(args.out, exist_ok=True)
     run = Run(args)
-    print(f"{args.backbone}, {'pretrain' if args.pretrain else args.method}: {sum(p.numel() for p in run.parameters):,} "
-          f"learnable parameters; {args.steps:,} steps of {args.batch_size} images; {args.device}, amp {args.amp}, "
-          f"seed {args.seed}", flush=True)
+    os.makedirs(args.out, exist_ok=True)
+    count = sum(p.numel() for p in run.parameters)
+    print(f"{args.backbone}, {'pretrain' if args.pretrain else args.method}: {count:,} learnable parameters; "
+          f"{args.steps:,} steps of {args.batch_size} images; {args.device}, amp {args.amp}, seed {args.seed}", flush=True)
     if args.resume:
         run.resume()
     elif not args.pretrain:
@@ -381,8 +398,11 @@ def train(args):
     interval, waited, asked = started, 0.0, started
     for batch in batches(examples, run.step, args.batch_size, args.workers):
         waited += time.monotonic() - asked
-        for error in (error for example in batch for error in example["bad"]):
-            report(train_set, error)
+        for example in batch:
+            if isinstance(example, TrainingError):
+                raise example
+            for error in example["bad"]:
+                report(train_set, error)
         for key, value in run.update(batch).items():
             sums[key] = sums.get(key, 0) + value
         count += 1
@@ -392,9 +412,9 @@ def train(args):
             speed, waiting = count * args.batch_size / (now - interval), waited / (now - interval)
             left = round((args.steps - run.step) * (now - started) / (run.step - first))
             run.log(**means, lr=learning_rate(run.step - 1, args), images_per_second=speed, waiting=waiting)
-            print(f"step {run.step:,}/{args.steps:,}  loss {means['loss']:.4f}  IoU "
-                  + " ".join(f"{key} {value:.3f}" for key, value in means.items() if key != "loss")
-                  + f"  {speed:.1f} images/s  {waiting:.0%} waiting for data  {left // 60}:{left % 60:02} left", flush=True)
+            ious = " ".join(f"{key} {value:.3f}" for key, value in means.items() if key != "loss")
+            print(f"step {run.step:,}/{args.steps:,}  loss {means['loss']:.4f}  IoU {ious}  {speed:.1f} images/s  "
+                  f"{waiting:.0%} waiting for data  {left // 60}:{left % 60:02} left", flush=True)
             sums, count = {}, 0
         if run.step % args.val_every == 0 or run.step == args.steps:
             run.checkpoint(val_set)
@@ -467,7 +487,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     add = parser.add_argument
-    add("--data", required=True, help="a dataset folder with the splits train and val; demo/ is made if it is not there")
+    add("--data", required=True, help="a dataset folder with splits train and val; demo/ is made if it is not there")
     add("--backbone", choices=BACKBONES, default="vit_t", help="vit_t (default) comes with the project")
     add("--checkpoint", help="SAM weights; default: assets/, checkpoints/, the torch hub cache, else downloaded")
     add("--method", choices=gara.METHODS, default="gara")
@@ -502,7 +522,11 @@ def parse(argv):
     for name, value in DEFAULTS[args.backbone].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.pretrain and args.batch_size * args.masks_per_image < 2:
+        parser.error("--pretrain needs two objects a step: raise --batch-size or --masks-per-image")
     args.workers = min(8, (os.cpu_count() or 2) // 2) if args.workers is None else args.workers
+    if args.workers < 0:
+        parser.error("--workers must be 0 or more")
     args.out = args.out or os.path.join("runs", f"{args.backbone}_{'pretrain' if args.pretrain else args.method}")
     try:
         args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
