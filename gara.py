@@ -99,7 +99,7 @@ class GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, mask):
         ctx.save_for_backward(x, weight, A, B, mask)
-        n, (G, o, r), d = x.shape[1], B.shape, x.shape[2]
+        n, (_, o, r), d = x.shape[1], B.shape, x.shape[2]
         if choose_merged(r * o * d, n * r * (o + d)):
             return torch.baddbmm(bias.to(x.dtype), x, merged_weight(weight, A, B, mask, x.dtype).mT)
         hidden = (x[:, None] @ A.to(x.dtype).mT) * mask.to(x.dtype)[:, None, None, :]  # (N, G, n, r)

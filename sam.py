@@ -691,8 +691,10 @@ def main(argv=None):
                 raise ValueError(f"cannot write {path}: there is no folder {os.path.dirname(path)}")
         image = read_image(args.picture)
         height, width = image.shape[:2]
-        for x, y, *_ in args.point + ([args.box[:2], args.box[2:]] if args.box else []):
-            if not (0 <= x <= width and 0 <= y <= height):
+        corners = [args.box[:2], args.box[2:]] if args.box else []
+        for k, (x, y, *_) in enumerate(args.point + corners):
+            rim = int(k >= len(args.point))  # a box may end where the picture does
+            if not (0 <= x < width + rim and 0 <= y < height + rim):
                 raise ValueError(f"{x:g},{y:g} lies outside {args.picture}, which is {width} wide and {height} high")
         if args.box and not (args.box[0] < args.box[2] and args.box[1] < args.box[3]):
             raise ValueError(f"--box {','.join(f'{v:g}' for v in args.box)}: needs x0 < x1 and y0 < y1")
