@@ -547,6 +547,7 @@ def contact_sheet(image, seed=0, strength=1.0, size=240):
 
 
 def main():
+    """Runs the command line; a user's mistake ends in one line and exit code 2."""
     parser = argparse.ArgumentParser(description="Show a photo under the 15 Robust-Seg corruptions on one sheet.")
     parser.add_argument("photo", type=Path, help="image file, any format Pillow reads")
     parser.add_argument("--out", type=Path, default=Path("sheet.png"), help="where to write the sheet (sheet.png)")

@@ -269,6 +269,7 @@ def read_planes(path):
 
 
 def robustseg_splits(root):
+    """Names of the folders in root that hold a clear/ folder, sorted."""
     return sorted(d for d in os.listdir(root) if os.path.isdir(os.path.join(root, d, "clear")))
 
 
@@ -649,6 +650,7 @@ def describe(dataset, most=200):
 
 
 def main(argv=None):
+    """Runs the command line; a user's mistake ends in one line and exit code 2."""
     parser = argparse.ArgumentParser(description="Look into a dataset, degrade it, or make the demo dataset.")
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     parser.add_argument("root", help="dataset folder")
