@@ -2,12 +2,13 @@
 
     python evaluate.py --ckpt runs/vit_t_gara/gara.pt --data demo/              SAM beside GaRA, split test
     python evaluate.py --ckpt gara.pt lora.pt --checkpoint sam_vit_b_01ec64.pth --data robustseg/ --split lvis
-    python evaluate.py --ckpt sam --backbone vit_b --data real/ --no-corrupt    pictures as they are
+    python evaluate.py --ckpt gara.pt --data bdd100k/ LIS/ --split val --no-corrupt         pictures as they are
 
 Every picture is taken clear and in each of the 15 corruptions, encoded once in each condition, and asked for every
 object twice: by three points and by its box. Prompts and noise derive from the picture's name alone (see data.py), so
 all methods, and all labs, answer the same questions. A score compares masks at the picture's own resolution; tables
-give the mean over masks, and "degraded" is the mean over the 15 corruptions.
+give the mean over masks, and "degraded" is the mean over the 15 corruptions. Several datasets are measured one by one
+and as one, every mask counting alike.
 
 Written to `--out`: results.json, every score of every mask, and the means; samples.png, some masks to look at.
 """
@@ -66,14 +67,18 @@ def tables(images, models, conditions):
     return summary
 
 
-def print_tables(summary, conditions):
-    """The paper's table, then IoU by corruption, as Markdown."""
+def print_tables(summaries, conditions):
+    """The paper's table, then IoU by corruption, as Markdown. summaries: {data: what `tables` gave}, the union last."""
+    *_, summary = summaries.values()
     columns = [f"{prompt} {kind}" for prompt in PROMPTS for kind in ("degraded", "clear")
                if f"{prompt} {kind}" in next(iter(summary.values()))]
-    print("| model | " + " | ".join(f"{c} IoU | Dice" for c in columns) + " |")
-    print("|---" + "|---:" * 2 * len(columns) + "|")
-    for model, means in summary.items():
-        print(f"| {model} | " + " | ".join(f"{100 * value:.1f}" for c in columns for value in means[c]) + " |")
+    heads = ["data"] * (len(summaries) > 1) + ["model", *(f"{c} IoU | Dice" for c in columns)]
+    print("| " + " | ".join(heads) + " |")
+    print("|---" * (len(heads) - len(columns)) + "|---:" * 2 * len(columns) + "|")
+    for root, rows in summaries.items():
+        for model, means in rows.items():
+            cells = [root] * (len(summaries) > 1) + [model, *(f"{100 * x:.1f}" for c in columns for x in means[c])]
+            print("| " + " | ".join(cells) + " |")
     if len(conditions) == 1:
         return
     heads = [f"{prompt}: {model}" for prompt in PROMPTS for model in summary]
@@ -256,7 +261,10 @@ def parse(argv):
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     add = parser.add_argument
     add("--ckpt", nargs="+", default=["sam"], help="adapter files; 'sam' is plain SAM, which is always measured too")
-    add("--data", required=True, help="a dataset folder; demo/ is made if it is not there")
+    add("--data", required=True, nargs="+", metavar="ROOT", help="dataset folders of any kind that data.py reads (demo/"
+        " is made if it is not there); KIND=ROOT where the kind is not plain to see")
+    add("--prompts", nargs="+", metavar="JSON", help="use exactly these prompts (data.py ROOT --export-prompts JSON)")
+    add("--strict", action="store_true", help="a bad or missing file is an error; else it is skipped and counted")
     add("--split", default="test")
     add("--backbone", choices=BACKBONES, help="only needed without adapters (default vit_t)")
     add("--checkpoint", help="SAM weights; default: assets/, checkpoints/, the torch hub cache, else downloaded")
@@ -279,33 +287,43 @@ def main(argv=None):
     args = parse(argv)
     try:
         models, backbone = load_models(args.ckpt, args.backbone, args.checkpoint, torch.device(args.device))
-        data.make_missing_demo(args.data)
-        dataset = data.load_dataset(args.data, args.split)
-        if args.limit:
-            dataset.samples = data.spread(dataset, args.limit)
-        os.makedirs(args.out, exist_ok=True)
+        for root in args.data:
+            data.make_missing_demo(root)
+        datasets = data.load_datasets(args.data, args.split, args.strict, args.prompts)
         conditions = ("clear",) if args.no_corrupt else data.CONDITIONS
         drawn = ("clear",) if args.no_corrupt else tuple(CORRUPTIONS)
-        # Rows are chosen by position, not by result: samples spread over the split, in every second corruption.
-        show = {sample.name: drawn[2 * k % len(drawn)] for k, sample in enumerate(data.spread(dataset, ROWS))}
-        started = time.monotonic()
-        images, kept = evaluate(models, dataset, conditions, args.batch_size, args.amp, args.workers, show)
+        os.makedirs(args.out, exist_ok=True)
+        started, images, kept, parts = time.monotonic(), [], [], {}
+        for root, dataset in zip(args.data, datasets):
+            if args.limit:
+                dataset.samples = data.spread(dataset, args.limit)
+            # Rows are chosen by position, not by result: samples spread over the split, in every second corruption.
+            rows = data.spread(dataset, -(-ROWS // len(datasets)))
+            show = {sample.name: drawn[2 * k % len(drawn)] for k, sample in enumerate(rows, len(kept))}
+            rows, pictures = evaluate(models, dataset, conditions, args.batch_size, args.amp, args.workers, show)
+            parts[root] = tables(rows, models, conditions)
+            images += [dict(data=root, **row) for row in rows]
+            kept += pictures
+            print(dataset.summary())
         seconds = time.monotonic() - started
-        summary = tables(images, models, conditions)
+        if len(parts) > 1:
+            parts["all"] = tables(images, models, conditions)
         masks = sum(len(image["indices"]) for image in images)
-        print(f"{dataset.summary()}\n{len(images):,} images, {masks:,} masks, {len(conditions)} conditions; {backbone} "
-              f"on {args.device}, {seconds:.0f} s\n")
-        print_tables(summary, conditions)
+        print(f"{len(images):,} images, {masks:,} masks, {len(conditions)} conditions; {backbone} on {args.device}, "
+              f"{seconds:.0f} s\n")
+        print_tables(parts, conditions)
         path = os.path.join(args.out, "results.json")
+        *_, means = parts.values()
         with open(f"{path}.part", "w") as file:
             json.dump(dict(format="gara-sam results 1", data=args.data, split=args.split, backbone=backbone,
-                           ckpt=args.ckpt, amp=args.amp, torch=torch.__version__, machine=platform.platform(),
-                           seconds=round(seconds, 1), conditions=conditions, skipped=dataset.skipped, means=summary,
-                           images=images), file)
+                           ckpt=args.ckpt, prompts=args.prompts, amp=args.amp, torch=torch.__version__,
+                           machine=platform.platform(), seconds=round(seconds, 1), conditions=conditions,
+                           skipped=[line for dataset in datasets for line in dataset.skipped], means=means,
+                           means_by_data=parts, images=images), file)
         os.replace(f"{path}.part", path)
         picture(kept, list(models), os.path.join(args.out, "samples.png"))
         print(f"\nwritten: {path}, {os.path.join(args.out, 'samples.png')}")
-    except (data.DatasetError, ValueError, OSError, RuntimeError, AssertionError) as error:  # the last: no CUDA in torch
+    except (data.DatasetError, ValueError, OSError, RuntimeError, AssertionError) as error:  # last: no CUDA in torch
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

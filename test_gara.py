@@ -5,7 +5,7 @@ What each part is held against:
     GaRA         equation 7 written out image by image, closed forms and statistics of the gates, parameter counts from
                  the layers' widths; what a save must keep and a load must refuse
     corruptions  closed forms, brute force, and ranges measured on the benchmark's own code
-    data         files written here, good ones and every kind of bad one
+    data         miniatures of ten datasets written here, every kind of bad file, masks by pycocotools
     training     the loss and the targets in plain loops; a run stopped and resumed against one that was not
     evaluation   a model that knows the answers, counting in plain loops, SamPredictor
 No network or GPU is needed. Everything takes two minutes on two cores.
@@ -21,9 +21,12 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -1090,7 +1093,7 @@ def test_sample_prompts_depend_on_names_and_not_on_order_or_company(tmp_path):
     assert sample.masks().shape == (3, 24, 32) and sample.indices == other.indices == (0, 2, 3)
     assert (other.prompts()[0] == points).all() and (other.prompts(other.masks())[1] == boxes).all()
     for k, index in enumerate(sample.indices):
-        assert (data.prompts(sample.masks()[k], data.seed_of("b", index))[0] == points[k]).all()
+        assert (data.prompts(sample.masks()[k], data.seed_of("b", index, 0))[0] == points[k]).all()
     assert [s.name for s in two] == ["a", "b"] and two[-1].name == "b" and len(pickle.dumps(two)) < 2000
     assert (pickle.loads(pickle.dumps(two))[1].image("fog") == sample.image("fog")).all()
 
@@ -1135,8 +1138,8 @@ def test_bad_samples_are_named_skipped_and_counted(tmp_path):
     root = robustseg(tmp_path / "d", {"good": good, **bad, **lone})
     dataset, fine = data.load_dataset(root, "test"), []
     assert len(dataset) == 14 and len(dataset.skipped) == 2
-    assert "lone_image.jpg: no masks/lone_image.npy" in dataset.skipped[0]
-    assert "lone_mask.npy: no image" in dataset.skipped[1]
+    assert "lone_image.jpg: has no mask file" in dataset.skipped[0]
+    assert "lone_mask.npy: has no image" in dataset.skipped[1]
     for sample in [*dataset, *dataset]:
         known = len(dataset.skipped)
         try:
@@ -1231,21 +1234,631 @@ def test_errors_of_datasets_say_what_was_looked_for(tmp_path):
                                ("void", "test", ["no dataset", "clear"]), ("d/test", "test", ["parent folder"])):
         with refused(*words, kind=data.MissingError):  # which is a FileNotFoundError, too
             data.load_dataset(tmp_path / path, split)
-    with refused("robustseg", kind=data.DatasetError):
+    with refused("instances_<split>2017.json", "holds: test, train, val", kind=data.MissingError):
         data.load_dataset(root, "test", kind="coco")
+    with refused("'cocoa'", "robustseg", "msra10k", kind=data.DatasetError):
+        data.load_dataset(root, "test", kind="cocoa")
     with refused("impulse_noise", kind=data.DatasetError):
         data.load_dataset(root, "test")[0].image("haze")
 
 def test_data_command_line(tmp_path):
     root, sheet = robustseg(tmp_path / "d", {"a": (picture(), square(count=2))}), tmp_path / "sheet.png"
     shown = run_file(data, root, "--sheet", sheet)
-    assert shown.returncode == 0 and "1 images with masks, 0 files skipped" in shown.stdout
+    assert shown.returncode == 0 and "d/test (robustseg): 1 images; 0 files skipped" in shown.stdout
+    assert "(2 to 2)" in shown.stdout and "100% up to 10 %" in shown.stdout and "median 4.7%" in shown.stdout
     assert Image.open(sheet).width > 100
     for mistake in ((tmp_path / "nowhere",), (root, "--split", "x"), (root, "--make-demo"), (root, "--frobnicate"), (),
                     (root, "--sheet", tmp_path / "no" / "where.png"), (root, "--sheet", tmp_path / "d")):
         done = run_file(data, *mistake)
         errors = [line for line in done.stderr.splitlines() if "reading" not in line]  # less the progress line
         assert done.returncode == 2 and len(errors) == 1 and errors[0].startswith("error: "), (mistake, done)
+
+# ---- Data: the ten layouts ------------------------------------------------------------------------------------------
+# write_layout() writes a miniature of each in the form of its makers, with every wart of the real one that is known.
+# Pictures are 64 x 96, their objects bright rectangles, another pair for every picture.
+
+def rect(x0, y0, x1, y1, height=64, width=96):
+    mask = np.zeros((height, width), bool)
+    mask[max(y0, 0):y1, max(x0, 0):x1] = True
+    return mask
+
+def sides(k):
+    """Two rectangles (x0, y0, x1, y1) for the k-th picture."""
+    return (8 + k % 9, 20, 40 + k % 9, 40), (58, 24 - k % 7, 90, 60 - k % 7)
+
+def photo(*boxes):
+    """A dark picture in which the boxes are bright."""
+    return picture(64, 96) // 4 + 170 * np.any([rect(*box) for box in boxes], 0)[..., None].astype(np.uint8)
+
+THIRD, THIRD_RLE = (60, 2, 90, 14), "Rh3<d1" + "0" * 57 + "n;"  # the string is pycocotools' own
+
+def ring(x0, y0, x1, y1):
+    """The rectangle as COCO's corners: [x, y, x, y, ...]."""
+    return [x0, y0, x1, y0, x1, y1, x0, y1]
+
+def runs(mask):
+    return [0] * bool(mask[0, 0]) + [len(list(run)) for _, run in itertools.groupby(mask.T.ravel().tolist())]
+
+def put(path, content):
+    """Writes a picture, a text or what becomes JSON."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if isinstance(content, np.ndarray):
+        Image.fromarray(content).save(path, **dict(quality=95) if path.suffix.lower() == ".jpg" else {})
+    else:
+        content = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        path.write_text(content, encoding="utf-8")
+
+def split_of(name):
+    return "train" if zlib.crc32(f"{name}/val".encode()) % 20 else "val"
+
+def named(form, split=None, count=2):
+    """The first names of a form; of those, if asked, that load_dataset takes for this split where a set has none."""
+    numbers = (form.format(n) for n in itertools.count(1))
+    return list(itertools.islice((name for name in numbers if split in (None, split_of(name))), count))
+
+def coco_file(path, images, labels, **more):
+    """{name: (record, file or None)} -> {name: {id: (label, mask)}}. Ids go down, so that no order is right by chance.
+    """
+    records, regions, truth = [], [], {}
+    for k, (name, (record, file)) in enumerate(images.items()):
+        image, first = 900 - k, 5000 - 10 * k
+        records.append(dict(id=image, height=64, width=96, license=4, **record))
+        a, b = sides(k)
+        if file:
+            put(file, photo(a, b, THIRD))
+        third = dict(size=[64, 96], counts=THIRD_RLE)
+        rows = [(ring(*a),), (ring(*b), [1, 2, 3, 4]), third]
+        rows = [dict(id=first - n, image_id=image, category_id=n, bbox=[1.5, 2, 3, 4.25], area=640.75,
+                     segmentation=row, **dict(iscrowd=0) if n % 2 else {}) for n, row in enumerate(rows)]
+        regions += rows
+        truth[name] = {first - n: (labels[n], rect(*box)) for n, box in enumerate((a, b, THIRD))}
+    warts = [dict(iscrowd=1, segmentation=dict(size=[64, 96], counts=runs(rect(*THIRD)))), dict(iscrowd=0),
+             dict(segmentation=[]), dict(segmentation=[[1, 2, 3, 4], [5, 6]]), dict(ignore=1, segmentation=[ring(*a)]),
+             dict(segmentation=[[-9, -9.5, -3, -9, -3, -2]]), dict(image_id=5, segmentation=[ring(*a)])]
+    regions += [dict(dict(id=7000 + n, image_id=900, category_id=1), **wart) for n, wart in enumerate(warts)]
+    put(path, dict(info=dict(year=2017, version=1.5, contributor='J. "Ü"'), licenses=[], annotations=regions[::-1],
+                   images=[*records, dict(records[0], id=1)], categories=[
+                       dict(id=n, name=label, supercategory="x") for n, label in enumerate(labels)], **more))
+    return truth
+
+def write_robustseg(root):
+    truth = {"train": named("rs_{}"), "val": named("v{}"), "test": named("t{}")}
+    for split, stems in truth.items():
+        masks = [np.stack([rect(*a), np.zeros((64, 96), bool), rect(*b)]) for a, b in map(sides, range(2))]
+        robustseg(root, {stem: (photo(*sides(k)), masks[k]) for k, stem in enumerate(stems)} | (
+            {"lone": (None, masks[0])} if split == "val" else {}), split)
+        truth[split] = {stem: {0: (None, masks[k][0]), 2: (None, masks[k][2])} for k, stem in enumerate(stems)}
+    return truth
+
+def write_coco(root):
+    truth = {}
+    for split in ("train", "val"):
+        images = {f"{139 + k:012}": root / f"{split}2017" / f"{139 + k:012}.jpg" for k in range(3)}
+        images = {name: (dict(file_name=path.name), path) for name, path in images.items()}
+        images["000000000009"] = dict(file_name="000000000009.jpg"), None
+        file = root / "annotations" / f"instances_{split}2017.json"
+        truth[split] = coco_file(file, images, ("cat", "dog", "Würfel"))
+        del truth[split]["000000000009"]
+    return truth
+
+def write_lvis(root):
+    truth = {}
+    for split, folders in (("train", ["train2017"] * 2), ("val", ["train2017", "val2017"])):
+        paths = [root / "coco" / folder / f"{30 + k + len(split):012}.jpg" for k, folder in enumerate(folders)]
+        images = {path.stem: (dict(coco_url=f"http://images.cocodataset.org/{path.parent.name}/{path.name}",
+                                   neg_category_ids=[3, 4]), path) for path in paths}
+        truth[split] = coco_file(root / f"lvis_v1_{split}.json", images, ("aerosol_can", "cat", "dog"))
+    put(root / "lvis_v1_image_info_test_dev.json", dict(images=[], categories=[]))
+    return truth
+
+def write_lis(root):
+    home, every = root / "LIS", {}
+    for name, folder, ending in (("JPG_{}+1", "RGB-dark", ".JPG"), ("png_{}", "RGB-normal", ".png")):
+        for split in ("train", "test"):
+            stems = [*named("{}", "train"), *named("{}", "val")] if split == "train" else ["1950", "1952"]
+            paths = {stem: home / folder / "JPEGImages" / (stem + ending) for stem in stems}
+            images = {stem: (dict(file_name=f"./JPEGImages/{stem}.png"), path) for stem, path in paths.items()}
+            file = home / "annotations" / "annotations" / f"lis_coco_{name.format(split)}.json"
+            every[folder, split] = coco_file(file, images, ("bicycle", "chair", "diningtable"), type="instances")
+    parts = {part: {stem: masks for stem, masks in every["RGB-dark", "train"].items() if split_of(stem) == part}
+             for part in ("train", "val")}
+    return {**parts, "test": every["RGB-dark", "test"], "normal_test": every["RGB-normal", "test"]}
+
+def write_bdd100k(root):
+    truth = {}
+    for split in ("train", "val"):
+        truth[split] = {}
+        for k, stem in enumerate(named(f"{split[0]}00d4b{{}}-c40a")):
+            a, b = sides(k)
+            pixels = np.zeros((64, 96, 4), np.uint8)
+            for box, values in ((a, (3, 4, 0, 7)), (b, (1, 0, 1, 2)), ((0, 0, 5, 5), (4, 2, 0, 9)),
+                                ((0, 6, 5, 9), (5, 1, 0, 10)), ((70, 62, 80, 64), (0, 3, 0, 1))):
+                pixels[rect(*box)] = values  # class, flags, and the instance's number in two bytes
+            put(root / "bdd100k" / "images" / "10k" / split / f"{stem}.jpg", photo(a, b))
+            put(root / "bdd100k" / "labels" / "ins_seg" / "bitmasks" / split / f"{stem}.png", pixels)
+            truth[split][stem] = {7: ("car", rect(*a)), 258: ("pedestrian", rect(*b))}
+        put(root / "bdd100k" / "images" / "10k" / split / "lone.jpg", picture())
+    return truth
+
+def write_acdc(root, labels):
+    """`labels`: which of the three forms of ground truth."""
+    truth = {}
+    for split in ("train", "val", "train_ref"):
+        ref, truth[split], images, panoptic = "_ref" * split.endswith("ref"), {}, {}, []
+        for k in range(2):
+            stem = f"GOPR0475_frame_{40 + k:06}"
+            where = os.path.join(("fog", "night")[k], split, "GOPR0475")
+            shot = root / "rgb_anon" / where / f"{stem}_rgb{ref}_anon.png"
+            a, b = sides(k)
+            put(shot, photo(a, b, *[THIRD] * (labels == "detection")))
+            both = [(1, "car", rect(*a)), (2, "car", rect(*b))]
+            if labels == "detection":
+                images[shot.stem] = dict(file_name=shot.relative_to(root / "rgb_anon").as_posix()), None
+                continue
+            if labels == "panoptic":
+                number = 7 * np.ones((64, 96), int)
+                number[rect(*a)], number[rect(*b)], number[rect(*THIRD)] = 26001, 26002, 24000
+                both = [(26001, "car", rect(*a)), (26002, "car", rect(*b))]
+                segments = [dict(id=7, category_id=7, iscrowd=0), dict(id=24000, category_id=24, iscrowd=1),
+                            *(dict(id=n, category_id=26, iscrowd=0) for n, *_ in both)]
+                panoptic.append(dict(file_name=f"{stem}_gt{ref}_panoptic.png", segments_info=segments))
+                put(root / "gt_panoptic_trainval" / "gt_panoptic" / where / panoptic[-1]["file_name"],
+                    np.stack([number % 256, number // 256, 0 * number], 2).astype(np.uint8))
+            else:
+                ids = np.full((64, 96), 255, np.uint8)
+                ids[60:] = 0
+                ids[rect(*a)] = ids[rect(*b)] = 13
+                ids[rect(0, 0, 7, 9)] = 11  # a person of 63 pixels
+                put(root / "gt_trainval" / "gt" / where / f"{stem}_gt{ref}_labelTrainIds.png", ids)
+                both = sorted(both, key=lambda row: row[2].any(1).argmax())  # parts are numbered from top to bottom
+                both = [(n, *row[1:]) for n, row in enumerate(both, 1)]
+            truth[split][stem] = {number: (label, mask) for number, label, mask in both}
+        base = split.removesuffix("_ref") + "_gt" + ref
+        if labels == "detection":
+            file = root / "gt_detection_trainval" / "gt_detection" / f"instancesonly_{base}_detection.json"
+            truth[split] = coco_file(file, images, ("person", "rider", "car"))
+        elif labels == "panoptic":
+            put(root / "gt_panoptic_trainval" / "gt_panoptic" / f"{base}_panoptic.json", dict(annotations=panoptic))
+    return truth
+
+def via_region(kind, box, k, **attributes):
+    x0, y0, x1, y1 = box
+    xs, ys = [x0, x1 - 1, x1 - 1, x0], [y0, y0, y1 - 1, y1 - 1]  # corners are pixels that belong to the object
+    shape = dict(name=kind, all_points_x=xs[k % 4:] + xs[:k % 4], all_points_y=ys[k % 4:] + ys[:k % 4])
+    return dict(shape_attributes=shape, region_attributes=attributes)
+
+def write_ndd20(root):
+    truth = {"train": {}, "val": {}, "below": {}}
+    for side, stems in (("ABOVE", named("ABOVE_{}", "train") + named("ABOVE_{}", "val")),
+                        ("BELOW", named("ABOVE_{}", "train"))):
+        entries, stems = {}, [stem.split("_")[1] for stem in stems]  # ABOVE and BELOW have the same file names
+        for k, stem in enumerate(stems):
+            boxes = sides(k + 5 * (side == "BELOW"))
+            put(root / "NDD20" / side / f"{stem}.jpg", photo(*boxes))
+            regions = [via_region("polyline", box, k, object="dolphin", **dict(species="BND") if side == "ABOVE" else
+                       {"out of focus": "true"}) for box in boxes]
+            regions.insert(1, dict(shape_attributes=dict(name="polyline", all_points_x=[4, 9], all_points_y=[4, 9]),
+                                   region_attributes={}))
+            entries[f"{stem}.jpg4711"] = dict(filename=f"{stem}.jpg", size=4711, regions=regions, file_attributes={})
+            masks = {n: ("BND" if side == "ABOVE" else None, rect(*box)) for n, box in zip((0, 2), boxes)}
+            truth[split_of(f"{side}_{stem}")][f"{side}_{stem}"] = masks
+        entries["0.jpg1"] = dict(filename="0.jpg", size=1, regions=regions, file_attributes={})  # there is no 0.jpg
+        put(root / "NDD20" / f"{side}_LABELS.json", entries)
+    truth["below"] = {name: masks for part in truth.values() for name, masks in part.items() if name[0] == "B"}
+    return truth
+
+def write_streets(root):
+    form, home = "IL 53 at Lake Cook (West ramp) West-{}", root / "streets"
+    entries, truth = {}, {"train": {}, "val": {}}
+    for k, stem in enumerate(named(form, "train") + named(form, "val")):
+        boxes = (-5, -7, 20 + k, 9), sides(k)[1]
+        put(home / "images" / f"{stem}.jpg", photo(*boxes))
+        regions = [via_region("polygon", box, k, vehicle_type="car") for box in boxes]
+        regions.insert(0, dict(shape_attributes=dict(name="ellipse", cx=9, cy=9, rx=2, ry=3), region_attributes={}))
+        entries[f"{stem}.jpg99"] = dict(fileref="", size=99, filename=f"{stem}.jpg", base64_img_data="",
+                                        file_attributes={}, regions={str(n): r for n, r in enumerate(regions)})
+        truth[split_of(stem)][stem] = {n: ("car", rect(*box)) for n, box in enumerate(boxes, 1)}
+    entries["none.jpg1"] = dict(filename="none.jpg", regions={})
+    put(home / "annotations" / "vehicle-annotations.json", entries)
+    return truth
+
+def soft(mask):
+    """255 and 0 with soft edges: 128 is the first pixel of the object in a row, 127 the last before."""
+    grey = 255 * mask.astype(np.uint8)
+    grey[mask & ~np.roll(mask, 1, 1)], grey[~mask & np.roll(mask, -1, 1)] = 128, 127
+    return grey
+
+def write_thinobject(root):
+    truth, home = {}, root / "ThinObject5K"
+    for split in ("train", "val", "test"):
+        stems = named(f"{split}_pump_PNG{{}}")
+        truth[split] = {stem: {0: (None, rect(*sides(k)[0]))} for k, stem in enumerate(stems)}
+        for k, stem in enumerate(stems):
+            put(home / "images" / f"{stem}.jpg", photo(sides(k)[0]))
+            put(home / "masks" / f"{stem}.png", soft(truth[split][stem][0][1]))
+        put(home / "list" / f"{split}.txt", "".join(f"{stem}.png\n" for stem in [*stems, f"{split}_lost"]))
+    return truth
+
+def write_msra10k(root):
+    truth, home = {"train": {}, "val": {}}, root / "MSRA10K_Imgs_GT" / "MSRA10K_Imgs_GT" / "Imgs"
+    for k, stem in enumerate(named("{}", "train", 3) + named("{}", "val")):
+        mask = rect(*sides(k)[0]) | rect(*sides(k)[1])
+        put(home / f"{stem}.jpg", photo(*sides(k)))
+        put(home / f"{stem}.png", soft(mask) if k % 2 else mask.astype(np.uint8))
+        truth[split_of(stem)][stem] = {0: (None, mask)}
+    put(home / "lone.jpg", picture())
+    return truth
+
+# Each with what Dataset.left_out, the samples' left_out and Dataset.skipped must hold for "val", in words.
+COCO_LEFT = dict(crowd=1, ignore=1) | {"without a mask": 2, "of fewer than 3 points": 1, "of an unknown image": 1,
+                                       "images without masks": 1}
+LAYOUTS = {
+    "robustseg": (write_robustseg, {}, {"empty": 2}, ["lone.npy: has no image"]),
+    "coco": (write_coco, COCO_LEFT, {"empty": 1}, ["val2017/000000000009.jpg: no such image"]),
+    "lvis": (write_lvis, COCO_LEFT, {"empty": 1}, []),
+    "lis": (write_lis, COCO_LEFT, {"empty": 0}, []),
+    "bdd100k": (write_bdd100k, {}, {"crowd": 2, "ignore": 2}, ["lone.jpg: has no mask file"]),
+    "acdc": (functools.partial(write_acdc, labels="detection"), COCO_LEFT, {"empty": 1}, []),
+    "acdc-panoptic": (functools.partial(write_acdc, labels="panoptic"), {}, {"crowd": 2, "stuff": 2}, []),
+    "acdc-semantic": (functools.partial(write_acdc, labels="semantic"), {}, {"below 64 px": 2}, []),
+    "ndd20": (write_ndd20, {"of fewer than 3 points": 8}, {}, ["ABOVE/0.jpg: no such", "BELOW/0.jpg: no such"]),
+    "streets": (write_streets, {"of shape ellipse": 4, "images without masks": 1}, {}, []),
+    "thinobject": (write_thinobject, {}, {}, ["val_lost of list/val.txt"]),
+    "msra10k": (write_msra10k, {}, {}, ["lone.jpg: has no mask file"])}
+
+def write_layout(kind, root, split="val"):
+    """Writes a miniature of a dataset, splits train and val at least: {sample's name: {index: mask}} of one split."""
+    return {name: {index: mask for index, (_, mask) in regions.items()}
+            for name, regions in LAYOUTS[kind][0](root)[split].items()}
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_read_to_the_pixel(tmp_path, layout):
+    write, left_out, left_out_by_samples, skipped = LAYOUTS[layout]
+    for split, truth in write(tmp_path).items():
+        dataset, left = data.load_dataset(tmp_path, split), Counter()
+        assert dataset.kind == layout.split("-")[0] and [s.name for s in dataset] == sorted(truth)
+        for sample in pickle.loads(pickle.dumps(dataset))[:]:  # as workers that are spawned get them
+            regions, masks, image = truth[sample.name], sample.masks(), sample.image()
+            order = [list(regions).index(index) for index in sample.indices]
+            labels, planes = zip(*regions.values())
+            assert sorted(order) == list(range(len(regions))) and sample.labels == tuple(labels[k] for k in order)
+            assert masks.dtype == bool and np.array_equal(masks, np.stack([planes[k] for k in order]))
+            assert image.shape == (64, 96, 3) and ((image.mean(2) > 120) != masks.any(0)).mean() < 0.03
+            left += sample.left_out
+        assert dataset.masks in (None, sum(map(len, truth.values())) + left["empty"])
+        if split == "val":
+            assert dataset.left_out == left_out and left == +Counter(left_out_by_samples)
+            assert len(dataset.skipped) == len(skipped)
+            assert all(word in line for word, line in zip(skipped, dataset.skipped))
+            assert all(f"{count:,} {reason}" in dataset.summary() for reason, count in left_out.items())
+
+def test_splits_of_the_makers(tmp_path):
+    listed = {"train": [], "val": []}
+    truth = write_streets(tmp_path / "s")
+    for k, name in enumerate(name for part in truth.values() for name in part):
+        listed[("train", "val")[k % 2]].append(f"{name}.jpg")
+    put(tmp_path / "s" / "data" / "train-val-split.json", dict(listed, val=[*listed["val"], "via_region_data.json"]))
+    for split, names in listed.items():
+        assert [f"{s.name}.jpg" for s in data.load_dataset(tmp_path / "s", split)] == sorted(names)
+    assert len(data.load_dataset(tmp_path / "s", "all")) == 4
+    expected = {"lvis": ["train", "val"], "lis": ["normal_test", "normal_train", "test", "train"],
+                "ndd20": ["above", "all", "below"], "acdc-semantic": ["train", "train_ref", "val"], "msra10k": ["all"],
+                "thinobject": ["test", "train", "val"], "streets": ["all"], "coco": ["train", "val"]}
+    for layout, splits in expected.items():
+        write_layout(layout, tmp_path / layout)
+        kind, found = data.find_splits(str(tmp_path / layout))
+        assert kind == layout.split("-")[0] and sorted(found) == splits
+    # where LVIS's pictures are unpacked for COCO, next door; and a folder that is called as a split is
+    shutil.move(tmp_path / "lvis" / "coco", tmp_path / "lvis" / "down")
+    os.makedirs(tmp_path / "train")
+    for name in ("lvis", "acdc-semantic"):
+        shutil.move(tmp_path / name, tmp_path / "train" / name)
+    shutil.move(tmp_path / "train" / "lvis" / "down", tmp_path / "train" / "coco")
+    for name in ("lvis", "acdc-semantic"):
+        truth = LAYOUTS[name][0](tmp_path / "again" / name)["val"]
+        assert [s.name for s in data.load_dataset(tmp_path / "train" / name, "val")] == sorted(truth)
+
+def test_held_out_pictures_where_a_set_has_no_validation_split(tmp_path):
+    for k in range(200):
+        for ending, pixels in ((".jpg", picture()), (".png", square()[0])):
+            put(tmp_path / "one" / f"{k}{ending}", pixels)
+    parts = {split: [s.name for s in data.load_dataset(tmp_path / "one", split)] for split in ("train", "val", "all")}
+    assert sorted(parts["train"] + parts["val"]) == parts["all"] and len(parts["all"]) == 200
+    assert all(split_of(name) == split for split in ("train", "val") for name in parts[split])
+    assert 3 <= len(parts["val"]) <= 20
+    for name in parts["all"][100:]:  # half of the set is gone: whoever is left stays where he was
+        (tmp_path / "one" / f"{name}.jpg").unlink()
+    for split in ("train", "val"):
+        rest = [s.name for s in data.load_dataset(tmp_path / "one", split)]
+        assert rest == [name for name in parts[split] if name in parts["all"][:100]]
+
+def test_union_of_datasets(tmp_path):
+    truth = {kind: write_layout(kind, tmp_path / kind, "train") for kind in ("msra10k", "bdd100k")}
+    sets = data.load_datasets([tmp_path / "msra10k", f"bdd100k={tmp_path / 'bdd100k'}"], "train")
+    both = data.Union(sets)
+    names = [name for kind in truth for name in sorted(truth[kind])]
+    assert [s.name for s in both] == [both[k].name for k in range(len(both))] == names and len(both) == len(names)
+    assert both[-1].name == names[-1] and [s.name for s in both[1:4]] == names[1:4] and both[-1].labels[0] == "car"
+    assert [s.name for s in sets[0][::2]] == names[:len(sets[0]):2]
+    assert both.skipped == sets[0].skipped + sets[1].skipped and len(both.skipped) == 2
+    with pytest.raises(IndexError):
+        both[len(both)]
+    assert [s.name for s in data.spread(both, 2)] == [names[0], names[len(names) // 2]]
+    write_layout("lis", tmp_path / "lis")
+    with refused("some file", kind=data.SampleError):
+        data.Union(data.load_datasets([tmp_path / "lis"] * 2, "test", strict=True)).skip(data.SampleError("some file"))
+
+def test_the_kind_of_a_folder(tmp_path):
+    write_layout("coco", tmp_path)
+    truth = write_layout("lvis", tmp_path)
+    shutil.copytree(tmp_path / "coco", tmp_path, dirs_exist_ok=True)
+    with refused("lvis and coco", f"lvis={tmp_path}", kind=data.DatasetError):
+        data.load_dataset(tmp_path, "val")
+    assert sorted(truth) == [s.name for s in data.load_datasets([f"lvis={tmp_path}"], "val")[0]]
+    assert run_cli(data.main, f"lvis={tmp_path}", "--split", "val") is None
+    with refused("rgb_anon", "ABOVE_LABELS.json", "images/10k", "vehicle-annotations.json", "list/<split>.txt",
+                 "lis_coco", "instances_<split>2017.json", "lvis_v1", "Imgs", "clear", kind=data.MissingError):
+        data.load_dataset(os.path.join(tmp_path, "coco", "train2017"), "val")
+    with refused("no split 'dev'", "train, val", kind=data.MissingError):
+        data.load_dataset(tmp_path, "dev", "coco")
+    for folder in ("val2017", "coco"):
+        shutil.rmtree(tmp_path / folder)
+    with refused("nothing to use", "val2017", ".jpg: no such image", kind=data.MissingError):
+        data.load_dataset(tmp_path, "val", "coco")
+
+def test_degraded_folders_of_a_set_that_has_none(tmp_path):
+    for layout in ("ndd20", "acdc-semantic"):
+        write_layout(layout, tmp_path / layout)
+        fly = [sample.image("fog") for sample in data.load_dataset(tmp_path / layout, "val")]
+        if layout == "acdc-semantic":  # a download of its own, whose lack must not hide the other splits
+            for path in (tmp_path / layout).rglob("*_gt_ref_*"):
+                path.unlink()
+        assert run_cli(data.main, tmp_path / layout, "--corrupt") is None
+        assert run_cli(data.main, tmp_path / layout, "--split", "train_ref") == 2
+        folder = tmp_path / layout / "degraded" / ("all" if layout == "ndd20" else "val") / "fog"
+        samples = list(data.load_dataset(tmp_path / layout, "val"))
+        for sample, pixels in zip(samples, fly, strict=True):
+            assert np.array_equal(sample.image("fog"), pixels) and (folder / f"{sample.name}.jpg").exists()
+        Image.fromarray(255 - pixels).save(folder / f"{sample.name}.jpg", quality=95)
+        assert np.abs(sample.image("fog") + pixels.astype(float) - 255).mean() < 9  # it is read from there
+        assert [s.name for s in data.load_dataset(tmp_path / layout, "val").samples[::-1]] == [
+            s.name for s in reversed(samples)]
+
+# Masks by pycocotools 2.0.11: polygons, height, width, area, compressed run lengths.
+POLYGONS = [
+    ([[3.25, 4.5, 40.75, 6.12, 33.4, 30.99, 12.08, 27.61]], 40, 50, 701,
+     "U53U13M2N3M2N3M3M2N2N00000000001O00000000010O00000000001O000000L4M3M3L4M3L4MU;"),
+    ([[-7.31, 5.2, 20.5, -6.4, 61.87, 22.05, 18.33, 52.7]], 40, 50, 1661,
+     "2a0g02M3N2M3N2N2N1O2N2N2Nbf0O_YO001O1O001O1O0O2N2O0O2N2O0O2N2N101N2N2OB"),
+    ([[2, 3, 12, 3, 12, 9, 2, 9]], 20, 24, 60, "[16>00000000000000000]7"),
+    ([[5.5, 5.5, 5.5, 5.5, 18.25, 7.75, 18.25, 7.75, 9.1, 16.4, 9.1, 16.4]], 20, 24, 61, "n32b03M3M2NO2N1O1O1O1O1OV4"),
+    ([[7.1, 7.2, 7.6, 7.3, 7.4, 7.9]], 16, 16, 1, "g31X4"), ([[7.1, 7.2, 9.31, 7.05, 8.94, 9.4]], 16, 16, 2, "W42g3"),
+    ([[1.5, 1.5, 10.5, 1.5, 10.5, 8.5, 1.5, 8.5], [6.25, 4.75, 21.4, 6.6, 14.2, 18.8]], 20, 24, 146,
+     "Z17=0000000000001O21OO1N1O1ON2O1N2N2O1Nh1"),
+    ([[0, 0, 24, 0, 24, 20, 0, 20]], 20, 24, 480, "0P?"),
+    ([[2.17, 1.42, 28.63, 28.91, 2.44, 28.35, 27.9, 1.08]], 30, 30, 368,
+     "m11m01KO[O2c0O]O2a0O_O2?OA2=0B1<0D1:0F180H160J131M011O0O11OO11N11ON31MN51KN71IN91GN;1EN>0BO`00@Ob00^OOd00\\OOf005"
+     "OP1")]
+
+@pytest.mark.parametrize("parts, height, width, area, counts", POLYGONS)
+def test_polygons_as_pycocotools_fills_them(parts, height, width, area, counts):
+    mask = data.polygon_mask(parts, height, width)
+    assert mask.dtype == bool and mask.shape == (height, width) and mask.sum() == area
+    assert data.rle_encode(mask) == dict(size=[height, width], counts=counts)
+    for form in (counts, counts.encode(), runs(mask)):
+        assert np.array_equal(data.rle_decode(dict(size=[height, width], counts=form)), mask)
+
+def test_run_lengths_of_many_masks():
+    rng = np.random.default_rng(0)
+    for k in range(10_000):
+        mask = rng.random(rng.integers(1, 14, 2)) < (0, 0.1, 0.5, 0.9, 1)[k % 5]
+        rle = data.rle_encode(mask)
+        assert np.array_equal(data.rle_decode(rle), mask) and (k % 9 or rle == data.rle_encode(data.rle_decode(
+            dict(size=mask.shape, counts=runs(mask)))))
+    wide = np.zeros((300, 700), bool)  # runs of more than two characters
+    wide[5, 9] = wide[299, 650:] = True
+    assert np.array_equal(data.rle_decode(data.rle_encode(wide)), wide)
+
+@pytest.mark.parametrize("counts", ["", "~", "P", "0", "é", "[16>0", "oooooooooooooo1", [], [5], [7, -1], [6.0], [[6]],
+                                    [2**62] * 4 + [6], [2**63, 2**63, 6], [10**30], [None], None, "7K5"])
+def test_run_lengths_that_do_not_fit(counts):
+    with pytest.raises((ValueError, TypeError)):
+        data.rle_decode(dict(size=[2, 3], counts=counts))
+
+@pytest.mark.parametrize("corners", [[1, 2, 3], [1, 2, math.nan, 4, 5, 6], [0, 0, 1e9, 0, 9, 9],
+                                     [0, 0, math.inf, 2, 3, 4], [9e4, -9e4, -9e4, 9e4] * 30])
+def test_outlines_that_make_no_sense(corners):
+    with pytest.raises(ValueError):
+        data.polygon_mask([corners], 20, 30)
+    with pytest.raises(ValueError) if len(corners) < 30 else contextlib.nullcontext():
+        data.outline_mask(corners[::2], corners[1::2], 20, 30)
+
+def test_components_against_a_flood():
+    rng = np.random.default_rng(0)
+    for k in range(150):
+        mask = rng.random(rng.integers(1, 14, 2)) < (0, 0.3, 0.45, 0.6, 1)[k % 5]
+        parts, areas = data.components(mask)
+        expected, number = np.zeros(mask.shape, int), 0
+        for start in map(tuple, np.argwhere(mask)):
+            number += not expected[start]
+            todo = [] if expected[start] else [start]
+            while todo:
+                y, x = todo.pop()
+                if 0 <= y < mask.shape[0] and 0 <= x < mask.shape[1] and mask[y, x] and not expected[y, x]:
+                    expected[y, x] = number
+                    todo += [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+        assert np.array_equal(parts, expected) and areas.tolist() == np.bincount(expected.ravel())[1:].tolist()
+
+def test_pictures_upright_or_as_their_annotation_has_them(tmp_path):
+    rgb = picture(20, 30)
+    for orientation, upright in ((1, rgb), (3, rgb[::-1, ::-1]), (6, np.rot90(rgb, -1)), (8, np.rot90(rgb))):
+        exif, path = Image.Exif(), tmp_path / f"{orientation}.png"
+        exif[0x0112] = orientation
+        Image.fromarray(rgb).save(path, exif=exif)
+        assert np.array_equal(data.read_image(path), upright) and data.image_size(path) == upright.shape[:2]
+        assert np.array_equal(data.read_image(path, (20, 30)), rgb) and data.image_size(path, (20, 30)) == (20, 30)
+        if orientation > 4:
+            assert np.array_equal(data.read_image(path, (30, 20)), upright)
+            assert data.image_size(path, (30, 20)) == (30, 20)
+        for read in (data.read_image, data.image_size):
+            with refused(f"{orientation}.png: is ", f"{upright.shape[1]} x {upright.shape[0]}", "31 x 20",
+                         kind=data.SampleError):
+                read(path, (20, 31))
+
+def test_masks_of_another_size_are_refused(tmp_path):
+    for layout, glob, broken in (("msra10k", "*.png", np.ones((20, 30), np.uint8)),
+                                 ("bdd100k", "labels/**/*.png", np.full((20, 30, 4), (1, 0, 0, 1), np.uint8)),
+                                 ("acdc-semantic", "gt/**/*.png", np.full((20, 30), 13, np.uint8)),
+                                 ("coco", "val2017/*.jpg", picture(20, 30))):
+        write_layout(layout, tmp_path / layout)
+        for path in (tmp_path / layout).rglob(glob):
+            put(path, broken)
+        with refused("30 x 20", "96 x 64", kind=data.SampleError):
+            data.load_dataset(tmp_path / layout, "val")[0].masks()
+    truth = write_layout("coco", tmp_path / "rle")  # run lengths of another size than their picture
+    path = tmp_path / "rle" / "annotations" / "instances_val2017.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"size": [64, 96]', '"size": [96, 64]'), encoding="utf-8")
+    with refused("instances_val2017.json", sorted(truth)[0], "[96, 64]", kind=data.SampleError):
+        data.load_dataset(tmp_path / "rle", "val")[0].masks()
+
+def walk(path, text, monkeypatch, chunk=7):
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    content = path.read_bytes()
+    return [(key, record, json.loads(content[at:at + size])) for key, record, at, size in data.json_records(path)]
+
+@pytest.mark.parametrize("ascii", [True, False])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_is_walked_as_json_reads_it(tmp_path, monkeypatch, ascii, indent):
+    deep = {"x": [[], {}, [None, True, False], {"y": {"z": [-1, 2.5e-3, 1e+9]}}], "": "]}[{,:\"\\/\b\n"}
+    content = {"info": deep, "version": -1.25e+10, "name": "Würfel 象 🐘", "a": [deep, {"id": 1234567890123456789}],
+               "empty": [], "numbers": [0, -7, 1.5, 1e-5, 12345.678901, 1e22, None, True, "ü\\\"", [[1.5, 2]], 3],
+               "b": [{"id": n, "text": "é" * n} for n in range(20)], "last": [], "end": 1.75}
+    text = json.dumps(content, ensure_ascii=ascii, indent=indent)
+    expected = [(key, record) for key, value in content.items() if isinstance(value, list) for record in value]
+    for chunk in (2, 7, 64, 1 << 20):
+        found = walk(tmp_path / "x.json", text, monkeypatch, chunk)
+        assert [(key, record) for key, _, record in found] == expected
+        assert all(record["id"] == seen["id"] for key, seen, record in found if key == "b")
+        assert all(data._utf8(seen["text"]) == record["text"] for key, seen, record in found if key == "b")
+    for end in range(0, len(text.encode()) - 1, 7):
+        with pytest.raises(ValueError):
+            walk(tmp_path / "x.json", text.encode()[:end], monkeypatch, 50)
+
+@pytest.mark.parametrize("text", ["", " ", "[1]", '{"a": [1 2]}', '{"a" [1]}', '{"a": [1}', '{"a": [{"b": 1]]}', "{1",
+                                  '{"a": [tru]}', '{"a": [' + '{"b": ' * 9999, '{"a": ["' + "x" * 9999, '{"a": "b" 3}',
+                                  "é", '{"a": [' + "9" * 9999 + "]}"])
+def test_json_that_is_none(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(data, "LONGEST", 500)  # no more than this is kept of what does not end
+    with pytest.raises((ValueError, RecursionError)):
+        walk(tmp_path / "x.json", text, monkeypatch, 50)
+
+@pytest.fixture
+def pinned(tmp_path):
+    """A set, its prompts file, and a function that pins a changed file and uses what it holds."""
+    write_layout("coco", tmp_path / "coco")
+    path = tmp_path / "p.json"
+    assert run_cli(data.main, tmp_path / "coco", "--split", "val", "--export-prompts", path) is None
+    def change(how):
+        content = json.loads(path.read_text())
+        how(content["sets"][0]["samples"]["000000000139"], content)
+        put(tmp_path / "changed.json", content)
+        dataset = data.load_datasets([tmp_path / "coco"], "val", prompt_files=[tmp_path / "changed.json"])[0]
+        return [sample.prompts() for sample in dataset]
+    return tmp_path / "coco", path, change
+
+def test_exported_prompts_are_those_that_are_drawn(pinned, tmp_path):
+    root, path, change = pinned
+    drawn = [s.prompts() for s in data.load_dataset(root, "val")]
+    data.export_prompts([data.load_dataset(root, "val")], tmp_path / "1.json", seed=1)
+    others = [s.prompts(seed=1) for s in data.load_dataset(root, "val")]
+    for file, expected in ((path, drawn), (tmp_path / "1.json", others)):
+        dataset = data.load_datasets([root], "val", prompt_files=[file])[0]
+        assert all(map(np.array_equal, p, q) for p, q in zip([s.prompts() for s in dataset], expected, strict=True))
+        assert [s.prompts()[0].tolist() for s in data.Union([dataset])] == [points.tolist() for points, _ in expected]
+    assert all((p != q).any() and np.array_equal(b, c) for (p, b), (q, c) in zip(drawn, others))
+    content = json.loads(path.read_text())
+    assert content["format"] == "gara-sam prompts 1" and len(content["sets"][0].pop("samples")) == 3
+    assert content["sets"] == [dict(kind="coco", split="val", seed=0)]
+    for sample, (points, boxes) in zip(data.load_dataset(root, "val"), change(lambda sample, content: None)):
+        for mask, clicks, box in zip(sample.masks(), points, boxes):
+            y, x = np.nonzero(mask)
+            assert mask[tuple(clicks.astype(int).T[::-1])].all()
+            assert box.tolist() == [x.min(), y.min(), x.max(), y.max()]
+    assert not [name for name in os.listdir(tmp_path) if "part" in name]
+
+def first(sample):
+    return sample["masks"]["5000"]
+
+def at(sample, point, side, value):
+    first(sample)["points"][point][side] = value
+
+@pytest.mark.parametrize("how, words", [
+    (lambda s, c: c.update(format="x"), ["format 'x'"]), (lambda s, c: c.pop("sets"), ["not a prompts file"]),
+    (lambda s, c: c.update(sets=[[]]), ["not a prompts file"]),
+    (lambda s, c: c["sets"][0].update(samples=3), ["not a prompts file"]),
+    (lambda s, c: c["sets"][0].update(kind="lvis"), ["no prompts for coco val", "for lvis val"]),
+    (lambda s, c: c["sets"][0]["samples"].pop("000000000139"), ["1 of 3 samples", "000000000139"]),
+    (lambda s, c: s.update(size=[96, 64]), ["no three points", "000000000139"]),
+    (lambda s, c: s.update(size=None), ["no three points"]), (lambda s, c: s.update(masks=None), ["no three points"]),
+    (lambda s, c: s["masks"].pop("5000"), ["mask 5000"]), (lambda s, c: first(s)["points"].pop(), ["mask 5000"]),
+    (lambda s, c: first(s).update(points="here"), ["mask 5000"]),
+    (lambda s, c: at(s, 2, 0, 2), ["mask 5000", "96 x 64"]),
+    (lambda s, c: at(s, 0, 1, -30), ["mask 5000"]), (lambda s, c: at(s, 0, 1, 10**400), ["mask 5000"]),
+    (lambda s, c: at(s, 0, 0, 20.5), ["mask 5000"]), (lambda s, c: at(s, 1, 0, math.nan), ["mask 5000"]),
+    (lambda s, c: first(s)["box"].__setitem__(2, 50), ["another box", "mask 5000"])])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_prompts_files_that_do_not_fit(pinned, how, words):
+    with refused("changed.json", *words, kind=data.DatasetError):
+        pinned[2](how)
+
+def test_a_point_stays_in_its_pixel_at_any_scale():
+    for s in np.concatenate([[0.5, 1, 2], np.random.default_rng(0).uniform(0.5, 9, 200)]):
+        x = np.arange(2000)
+        assert (x * s <= x * s + 0.5).all() and (x * s + 0.5 <= (x + 1) * s).all()
+
+def mutated(rng, path):
+    """The file's bytes after an accident: cut, bits flipped, or a value of its JSON exchanged."""
+    content = bytearray(path.read_bytes())
+    if path.suffix == ".json" and rng.random() < 0.7:
+        content, spots = json.loads(content), []
+        def visit(node):
+            for key, value in (node.items() if isinstance(node, dict) else enumerate(node)):
+                spots.append((node, key))
+                if isinstance(value, (dict, list)):
+                    visit(value)
+        visit(content)
+        node, key = spots[rng.integers(len(spots))]
+        node[key] = (None, "a", "../x", "\0", -1, 1.5, 10**30, 2**62, math.nan, 1e308, True, [], {}, [None],
+                     [[1e9] * 6], {"size": [64, 96], "counts": [2**62] * 4})[rng.integers(16)]
+        return json.dumps(content).encode()
+    if rng.random() < 0.4:
+        return bytes(content[:rng.integers(len(content))])
+    for at in rng.integers(0, min(len(content), rng.choice([100, 10**6])), rng.integers(1, 6)):
+        content[at] = rng.integers(256)
+    return bytes(content)
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_end_in_an_error_of_the_dataset(tmp_path):
+    rng, outcomes = np.random.default_rng(0), Counter()
+    for layout in LAYOUTS:
+        write_layout(layout, tmp_path / layout)
+        files = sorted(path for path in (tmp_path / layout).rglob("*") if path.is_file())
+        for k in range(25):
+            some = [path for path in files if path.suffix == ".json" or k % 2] or files
+            path = some[rng.integers(len(some))]
+            before = path.read_bytes()
+            path.write_bytes(mutated(rng, path))
+            try:
+                dataset = data.load_dataset(tmp_path / layout, ("train", "val")[k // 2 % 2], layout.split("-")[0])
+                for sample in dataset:
+                    sample.image(), sample.prompts(), sample.labels
+                outcomes["fine"] += 1
+            except data.DatasetError as error:
+                assert "\n" not in str(error)
+                outcomes["refused"] += 1
+            path.write_bytes(before)
+    assert outcomes["refused"] > 40 and outcomes["fine"] > 40, outcomes
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 
@@ -1294,10 +1907,12 @@ def test_mask_loss_against_loops(soft):
     assert train.mask_loss(40 * (targets > 0.5).double() - 20, (targets > 0.5).double()).max() < 1e-6  # perfect
 
 def test_learning_rate_in_closed_form():
-    args = argparse.Namespace(steps=40, lr=2.0)  # two steps of warm-up, then 38 of half a cosine
+    args = argparse.Namespace(steps=40, lr=2.0, schedule="cosine")  # two steps of warm-up, then 38 of half a cosine
     expected = {0: 1, 1: 2, 2: 2, 21: 1, 39: 1 + math.cos(math.pi * 37 / 38)}
     for step, value in expected.items():
         assert train.learning_rate(step, args) == pytest.approx(value), step
+    args.schedule = "constant"
+    assert [train.learning_rate(step, args) for step in (0, 1, 39)] == [1, 2, 2]
 
 def test_examples_depend_on_their_number_alone(demo):
     dataset = data.load_dataset(demo / "demo", "train")
@@ -1305,7 +1920,8 @@ def test_examples_depend_on_their_number_alone(demo):
     forwards = [examples[i] for i in range(9)]
     assert all(same(examples_of(dataset)[i], forwards[i]) for i in reversed(range(9)))
     for first, workers in ((0, 2), (1, 0), (2, 1)):
-        batched = [x for batch in train.batches(examples, first, 3, workers) for x in batch]
+        args = argparse.Namespace(process=0, processes=1, batch_size=3, workers=workers)
+        batched = [x for batch in train.batches(examples, first, args) for x in batch]
         assert len(batched) == 9 - 3 * first and all(map(same, batched, forwards[3 * first:]))
     assert {x["name"] for x in forwards[:6]} == {sample.name for sample in dataset}  # an epoch: each picture once
     assert not same(examples_of(dataset, seed=1)[0], forwards[0])
@@ -1332,7 +1948,7 @@ def test_examples_agree_with_their_masks(demo):
 
 class Blank:
     """A sample that costs nothing to read, with these masks; it notes the conditions that it is asked for."""
-    name = source = "blank"
+    name, source, pinned = "blank", "blank", None
 
     def __init__(self, masks):
         self.planes, self.indices, self.asked = masks, tuple(range(len(masks))), []
@@ -1390,7 +2006,7 @@ def finished(demo):
 
 def test_training_writes_its_files(finished):
     folder, text, model, curves = finished
-    assert sorted(os.listdir(folder)) == ["curve.png", "gara.pt", "last.pt", "log.jsonl"]
+    assert sorted(os.listdir(folder)) == ["curve.png", "gara.pt", "last.pt", "log.jsonl", "run.json"]
     lines = [json.loads(line) for line in open(folder / "log.jsonl")]
     validations = [line for line in lines if "validation" in line]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6]
@@ -1488,10 +2104,185 @@ def test_bad_files_are_named_and_training_goes_on(demo, tmp_path, capsys):
         assert run_train(tmp_path, out, "--steps", 2, "--workers", workers) == 2
         assert one_error(capsys, "none of the 6 samples")
 
-def test_training_stops_when_the_loss_is_not_finite(demo, tmp_path, monkeypatch, capsys):
+def last(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+def torchrun(processes, *arguments):
+    """`train.py` in several processes on this machine, by torch's own launcher."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone",
+               train.__file__, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+def test_two_processes_train_as_one(demo, tmp_path):
+    """LoRA, whose gates draw no noise: the same examples, gradients up to rounding, and validation figures."""
+    arguments = ("--data", demo / "demo", "--checkpoint", demo / "w.pth", *"--device cpu --amp off --workers 0".split(),
+                 "--batch-size", 3, "--steps", 3, "--method", "lora", "--lr", 1e-3)  # shares of 2 and 1
+    done = torchrun(2, *arguments, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert run_cli(train.main, *arguments, "--out", tmp_path / "one") == 0
+    one, two = last(tmp_path / "one"), last(tmp_path / "two")
+    for key, value in one["weights"].items():  # Adam makes whole steps of the rounding where the gradient is nearly 0
+        assert (two["weights"][key] - value).norm() < 0.02 * value.norm(), key
+    for key, value in one["meta"]["validation"].items():
+        assert two["meta"]["validation"][key] == pytest.approx(value, abs=2e-3)
+    assert done.stdout.count("step 3/3") == 1  # one voice
+    first = [json.loads(line) for line in open(tmp_path / "two" / "log.jsonl")][0]["validation"]
+    frozen = [json.loads(line) for line in open(tmp_path / "one" / "log.jsonl")][0]["validation"]
+    assert first == frozen  # before any step: equal to the last digit
+
+def gradients(args, share, dropped=()):
+    """What one update does to a LoRA with SGD of rate 1, that is: minus its gradient."""
+    run = train.Run(args)
+    run.optimizer = torch.optim.SGD(run.parameters, lr=1)
+    before = [p.detach().clone() for p in run.parameters]
+    run.update([example for k, example in enumerate(share) if k not in dropped])
+    return torch.cat([(b - p.detach()).flatten() for b, p in zip(before, run.parameters)])
+
+def test_the_gradient_is_the_mean_over_masks_however_the_batch_is_cut(demo):
+    share = [examples_of(data.load_dataset(demo / "demo", "train"), masks_per_image=2)[i] for i in range(5)]
+    words = f"--data x --checkpoint {demo / 'w.pth'} --method lora --steps 1 --batch-size 5 --device cpu --lr 1"
+    parse = functools.partial(train.parse, words.split())
+    whole, args = gradients(parse(), share), parse()
+    args.accumulate = 3
+    assert close(gradients(args, share), whole, 1e-4)
+    args = parse()
+    args.checkpointing = True
+    assert close(gradients(args, share), whole, 1e-4)
+    parts = gradients(parse(), share, dropped=(1, 3)) + gradients(parse(), share, dropped=(0, 2, 4))
+    assert close(parts, whole, 1e-4)  # two processes' shares, of 3 and 2 examples, before they are added
+
+def test_a_killed_run_goes_on_to_the_same_bits(demo, tmp_path):
+    arguments = [sys.executable, train.__file__, "--data", demo / "demo", "--checkpoint", demo / "w.pth", *(
+        "--device cpu --amp off --batch-size 2 --steps 8 --val-every 4 --val-images 1 --log-every 3 "
+        "--save-minutes 1e-6 --workers 1 --out").split()]
+    options = dict(env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL)
+    subprocess.run([*arguments, tmp_path / "whole"], check=True, **options)
+    with subprocess.Popen([*arguments, tmp_path / "cut"], start_new_session=True, **options) as process:
+        while not (tmp_path / "cut" / "last.pt").exists() or last(tmp_path / "cut")["meta"]["training"]["step"] < 2:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+    for name in ("last.pt.part", "log.jsonl"):  # what a kill at the worst moments leaves
+        with open(tmp_path / "cut" / name, "a") as file:
+            file.write('{"step": 1, "los')
+    subprocess.run([*arguments, tmp_path / "cut", "--resume"], check=True, **options)
+    cut, whole = last(tmp_path / "cut"), last(tmp_path / "whole")
+    assert same(cut["weights"], whole["weights"])
+    assert same(cut["meta"]["training"]["optimizer"], whole["meta"]["training"]["optimizer"])
+    logs = [[{key: value for key, value in line.items() if key not in ("images_per_second", "waiting")} for line in
+             train.read_log(tmp_path / name / "log.jsonl")] for name in ("cut", "whole")]
+    assert logs[0] == logs[1] and {line["step"] for line in logs[0]} == {0, 3, 4, 6, 8}
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_end_a_run_after_the_step_at_hand(demo, finished, tmp_path, monkeypatch, capsys, number, code):
+    rate, calls = train.learning_rate, itertools.count()
+    monkeypatch.setattr(train, "learning_rate", lambda step, args: (next(calls) == 1 and os.kill(os.getpid(), number),
+                                                                    rate(step, args))[1])
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    arguments = demo, tmp_path / "run", "--steps", 6, "--val-every", 3, "--log-every", 2
+    assert run_train(*arguments) == code and "--resume" in capsys.readouterr().err
+    assert last(tmp_path / "run")["meta"]["training"]["step"] == 2
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    monkeypatch.setattr(train, "learning_rate", rate)
+    assert run_train(*arguments, "--resume") == 0
+    assert same(last(tmp_path / "run")["weights"], last(finished[0])["weights"])
+
+def test_steps_without_a_finite_gradient_are_skipped_and_counted(demo, tmp_path, monkeypatch, capsys):
+    loss, calls = train.mask_loss, itertools.count()
+    monkeypatch.setattr(train, "mask_loss", lambda z, t: loss(z, t) * (math.nan if next(calls) in (2, 3) else 1))
+    assert run_train(demo, tmp_path / "run", "--steps", 4, "--log-every", 1) == 0  # two calls a step: the second is bad
+    lines = [line for line in train.read_log(tmp_path / "run" / "log.jsonl") if "lr" in line]
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 1]
+    assert ["loss" in line for line in lines] == [True, False, True, True]
+    assert all(value.isfinite().all() for value in last(tmp_path / "run")["weights"].values())
+    text = capsys.readouterr().out
+    assert text.count("skipped, its gradient is not finite") == 1 and "train_0" in text
+
+def test_training_gives_up_when_the_loss_stays_not_finite(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "mask_loss", lambda logits, targets: logits.sum((-2, -1)) * math.nan)
-    assert run_train(demo, tmp_path, "--steps", 2) == 2
-    assert one_error(capsys, "step 0", "nan") and (tmp_path / "last.pt").exists()
+    assert run_train(demo, tmp_path, "--steps", 20, "--val-every", 20) == 2
+    assert one_error(capsys, "10 steps in a row", "train_0") and last(tmp_path)["meta"]["training"]["step"] == 0
+
+def test_a_dead_loader_costs_nothing(demo, tmp_path, monkeypatch, capsys):
+    image, parent, calls = data.Sample.image, os.getpid(), itertools.count()
+    monkeypatch.setattr(data.Sample, "image", lambda self, *a, **k: os._exit(1) if os.getpid() != parent
+                        and next(calls) == 6 else image(self, *a, **k))
+    assert run_train(demo, tmp_path, "--steps", 50, "--workers", 1) == 2
+    assert one_error(capsys, "loads data died", "--resume") and last(tmp_path)["meta"]["training"]["step"] >= 0
+
+def test_a_full_disk_leaves_the_last_checkpoint(demo, tmp_path, monkeypatch, capsys):
+    assert run_train(demo, tmp_path, "--steps", 2) == 0
+    before, save = (tmp_path / "last.pt").read_bytes(), torch.save
+
+    def full(content, path, *rest):
+        save(content, path, *rest)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    (tmp_path / "gara.pt").rename(tmp_path / "old.pt")
+    (tmp_path / "log.jsonl").unlink()
+    os.rename(tmp_path / "last.pt", tmp_path / "kept.pt")
+    assert run_train(demo, tmp_path, "--steps", 2) == 2 and one_error(capsys, "No space left")
+    assert not list(tmp_path.glob("*.part")) and (tmp_path / "kept.pt").read_bytes() == before
+
+def test_the_whole_encoder_learns_with_method_full(demo, tmp_path):
+    assert run_train(demo, tmp_path / "run", "--steps", 2, "--method", "full", "--lr", 1e-4) == 0
+    weights, start = last(tmp_path / "run")["sam"], tiny_weights()
+    moved = {key.split(".")[0] for key, value in weights.items() if not torch.equal(value, start[key])}
+    assert moved == {"image_encoder"}
+    assert sam.build_sam("vit_t", tmp_path / "run" / "full.pt").state_dict().keys() == weights.keys()
+    assert run_evaluate(demo, tmp_path / "out", "--checkpoint", tmp_path / "run" / "full.pt", "--limit", 1) == 0
+
+def test_a_run_says_what_it_was(demo, tmp_path):
+    assert run_train(demo, tmp_path, "--steps", 2, "--seed", 5, "--keep-every", 1, "--limit", 2, "--log-every", 1) == 0
+    content = json.load(open(tmp_path / "run.json"))
+    assert content["settings"]["seed"] == 5 and content["settings"]["steps"] == 2 and content["versions"]["torch"]
+    own = gara.adapter_state(gara.attach(tiny(), "gara"))
+    assert content["learnable_parameters"] == sum(value.numel() for value in own.values())
+    assert [part["images"] for part in content["data"]] == [2, 2] and len(content["data"][0]["fingerprint"]) == 16
+    assert (tmp_path / "step_1.pt").exists() and (tmp_path / "step_2.pt").exists()
+    lines = [line for line in train.read_log(tmp_path / "log.jsonl") if "active" in line]
+    assert len(lines) == 2 and all(len(line["higher"]) == len(line["active"]) == 6 for line in lines)
+    assert all(0 <= share <= 1 for line in lines for share in line["higher"])
+    with Image.open(tmp_path / "curve.png") as page:
+        assert page.height > 900  # the gates are drawn, too
+
+def test_the_chance_of_a_clear_picture(demo):
+    dataset = data.load_dataset(demo / "demo", "train")
+    drawn = {p: [examples_of(dataset, clear=p)[i]["condition"] for i in range(200)] for p in (0, 0.5, 1)}
+    assert "clear" not in drawn[0] and set(drawn[1]) == {"clear"} and 70 < drawn[0.5].count("clear") < 130
+    assert len(set(drawn[0])) == 15
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_dataset_trains_and_is_measured(layout, demo, tmp_path, capsys):
+    """One step and one evaluation on each miniature, then with pinned prompts, through the command lines."""
+    expected, kind = write_layout(layout, tmp_path / "set"), layout.split("-")[0]
+    options = "--device cpu --workers 0 --checkpoint".split() + [demo / "w.pth"]
+    base = ["--data", f"{kind}={tmp_path / 'set'}", *options, "--out", tmp_path / "run"]
+    assert run_cli(train.main, *base, "--steps", 1, "--batch-size", 2, "--amp", "off") == 0
+    run_cli(data.main, f"{kind}={tmp_path / 'set'}", "--split", "val", "--export-prompts", tmp_path / "p.json")
+    scores = []
+    for pinned in ([], ["--prompts", tmp_path / "p.json"]):
+        assert run_cli(evaluate.main, *base, "--split", "val", "--no-corrupt", *pinned) == 0
+        results = json.load(open(tmp_path / "run" / "results.json"))
+        assert {row["name"]: set(row["indices"]) for row in results["images"]} == {
+            name: set(masks) for name, masks in expected.items()}
+        scores.append([row["scores"] for row in results["images"]])
+    assert scores[0] == scores[1] and "Traceback" not in capsys.readouterr().err
+
+def test_several_datasets_are_measured_one_by_one_and_as_one(demo, tmp_path, capsys):
+    roots = [tmp_path / "a", tmp_path / "b"]
+    write_layout("ndd20", roots[0]), write_layout("bdd100k", roots[1])
+    options = "--device cpu --workers 0 --checkpoint".split() + [demo / "w.pth"]
+    assert run_cli(evaluate.main, "--data", *roots, *options, "--split", "val", "--no-corrupt", "--out", tmp_path) == 0
+    results = json.load(open(tmp_path / "results.json"))
+    first, second, union = (results["means_by_data"][key]["SAM"]["box clear"][0] for key in (*map(str, roots), "all"))
+    counts = [sum(len(row["indices"]) for row in results["images"] if row["data"] == str(root)) for root in roots]
+    assert union == results["means"]["SAM"]["box clear"][0]
+    assert union == pytest.approx(np.average([first, second], weights=counts))
+    assert len(re.findall(r"^\| \S+ \| SAM \|", capsys.readouterr().out, re.M)) == 3
+    words = ["--data", *roots, *options, "--out", tmp_path / "run", "--steps", 1, "--batch-size", 2, "--no-corrupt"]
+    assert run_cli(train.main, *words) == 0
+    assert [part["kind"] for part in json.load(open(tmp_path / "run" / "run.json"))["data"]] == ["ndd20", "bdd100k"] * 2
 
 def test_missing_demo_is_made(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "make_demo", lambda root: shutil.copytree(demo / "demo", root))

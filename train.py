@@ -2,28 +2,40 @@
 
     python train.py --data demo/                                GaRA on the tiny SAM of this project, in minutes
     python train.py --backbone vit_b --data robustseg/          the paper's setting
-    python train.py --backbone vit_b --data real/ --no-corrupt  pictures that are degraded already
+    python train.py --backbone vit_b --data bdd100k/ LIS/ --no-corrupt     pictures that are degraded already
     python train.py --pretrain --data scenes/                   the tiny SAM itself, from scratch, on clear pictures
+    torchrun --nproc_per_node=8 train.py ...                    the same run, its batches shared by 8 GPUs
 
 One step: draw `--batch-size` pictures, each in one of 16 conditions (clear and the 15 corruptions) with equal chance;
 encode each once; decode `--masks-per-image` of its objects twice, from three points and from the box; 20 x focal + dice
-loss on both; Adam on the adapter. Example i of a run is a function of (seed, i) alone, so the number of loader
-processes changes nothing, and `--resume` goes on as if there had been no interruption.
+loss on both; Adam on the adapter. Example i of a run is a function of (seed, i) alone, and the gates' noise of (seed,
+step, process). So the number of loader processes changes nothing, and `--resume` goes on as if there had been no
+interruption, to the bit on a CPU.
 
 Written to `--out` (runs/BACKBONE_METHOD): METHOD.pt, the adapter that was best on the validation split; last.pt, the
-newest one with what `--resume` needs; log.jsonl, one line per interval; curve.png.
+newest one with what `--resume` needs; run.json, the settings; log.jsonl, one line per interval; curve.png.
 """
 import argparse
+import contextlib
+import ctypes
+import functools
+import hashlib
 import json
 import math
 import os
 import pickle
+import platform
+import signal
+import subprocess
 import sys
 import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recompute
 from PIL import Image, ImageDraw, ImageFont
 
 import data
@@ -34,8 +46,9 @@ from sam import BACKBONES, FILES, ResizeLongestSide, SamPredictor, build_sam, fi
 # What a run uses where the command line is silent. The paper gives Adam, batch 8 and both prompt kinds. Its learning
 # rates did not survive in the text we have, its number of steps is not stated: 1e-4 is RobustSAM's, 40,000 is ours.
 OFFICIAL = dict(steps=40000, lr=1e-4, batch_size=8, masks_per_image=4)
-DEFAULTS = {"vit_t": dict(steps=1300, lr=2e-3, batch_size=16, masks_per_image=2),
+DEFAULTS = {"vit_t": dict(steps=450, lr=1e-3, batch_size=16, masks_per_image=2),
             "vit_b": OFFICIAL, "vit_l": OFFICIAL, "vit_h": OFFICIAL}
+BAD_STEPS = 10  # steps in a row without a finite gradient, after which a run gives up
 
 
 class TrainingError(Exception):
@@ -53,8 +66,9 @@ class Examples(torch.utils.data.Dataset):
     A bad sample is replaced by the next one of the epoch; its error travels along in `bad`, for the main process.
     """
 
-    def __init__(self, samples, backbone, count, seed, masks_per_image, corrupt, augment):
+    def __init__(self, samples, backbone, count, seed, masks_per_image, corrupt, augment, clear=None):
         self.samples, self.count, self.seed, self.masks_per_image = samples, count, seed, masks_per_image
+        self.clear = clear  # the chance of a clear picture; None: as of each corruption, 1 in 16
         self.conditions = data.CONDITIONS if corrupt else ("clear",)
         self.augment = augment
         self.size, self.patch = BACKBONES[backbone]["image_size"], BACKBONES[backbone]["patch"]
@@ -81,6 +95,8 @@ class Examples(torch.utils.data.Dataset):
         deal, place = divmod(i, len(self.conditions))
         shuffled = np.random.default_rng(data.seed_of(self.seed, "conditions", deal)).permutation(len(self.conditions))
         condition = self.conditions[shuffled[place]]
+        if self.clear is not None and len(self.conditions) > 1:
+            condition = "clear" if rng.random() < self.clear else self.conditions[rng.integers(1, len(self.conditions))]
         image = sample.image(condition, seed=data.seed_of(self.seed, epoch, sample.name, condition))
         masks = sample.masks()
         if self.augment:
@@ -93,13 +109,17 @@ class Examples(torch.utils.data.Dataset):
             if len(targets) == self.masks_per_image:
                 break
         if not targets:
-            raise data.SampleError(f"{sample.source}: no mask is as large as a pixel of the model's output")
+            raise data.SampleError(f"{sample.source}: no mask of {sample.name} is as large as a pixel of the model's "
+                                   "output")
         # Always the same number of objects, some of them twice with other points if need be: all steps have one shape.
         chosen = np.resize(list(targets), self.masks_per_image)
-        drawn = [data.prompts(masks[k], data.seed_of(self.seed, i, slot)) for slot, k in enumerate(chosen)]
+        if sample.pinned is None:
+            drawn = [data.prompts(masks[k], data.seed_of(self.seed, i, slot)) for slot, k in enumerate(chosen)]
+            points, boxes = (np.stack(part) for part in zip(*drawn))
+        else:
+            points, boxes = (part[chosen] for part in sample.prompts(masks))
         resize, size = ResizeLongestSide(self.size), image.shape[:2]
-        points = resize.apply_coords(np.stack([points for points, _ in drawn]), size)
-        boxes = resize.apply_boxes(np.stack([box for _, box in drawn]), size)
+        points, boxes = resize.apply_coords(points, size), resize.apply_boxes(boxes, size)
         labels = np.ones(points.shape[:2], dtype=np.int64)
         if self.augment:
             labels, boxes = loosen(labels, boxes, rng)
@@ -134,12 +154,19 @@ def loosen(labels, boxes, rng):
             (boxes + sides * rng.normal(0, 0.03, boxes.shape).clip(-0.1, 0.1)).astype(np.float32))
 
 
-def batches(examples, first, batch_size, workers):
-    """Lists of examples, beginning with batch number `first`."""
-    indices = range(first * batch_size, len(examples))
+def batches(examples, first, args):
+    """This process's share of the batches, beginning with batch number `first`: lists of examples."""
+    shares = [range(start + args.process, start + args.batch_size, args.processes)
+              for start in range(first * args.batch_size, len(examples), args.batch_size)]
     # Its own generator: the loader draws a seed when it starts, and a resumed run must not draw one more than another.
-    return torch.utils.data.DataLoader(examples, batch_size, sampler=indices, num_workers=workers, collate_fn=list,
-                                       prefetch_factor=4 if workers else None, generator=torch.Generator())
+    return torch.utils.data.DataLoader(
+        examples, batch_sampler=shares, num_workers=args.workers, collate_fn=list, generator=torch.Generator(),
+        prefetch_factor=4 if args.workers else None, worker_init_fn=leave_signals_to_the_main_process)
+
+
+def leave_signals_to_the_main_process(_):
+    """Ctrl-C reaches every process of a terminal; the loader's must live until the main one has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,11 +244,11 @@ def validate(sam, dataset, limit, corrupt, autocast):
     """Mean IoU over masks at the pictures' own resolution: {"box clear": ..., "box degraded", "point clear", ...}.
 
     Up to `limit` pictures spread over the split, each clear and in one corruption that its name chooses. Prompts and
-    noise derive from names, so every call sees the same.
+    noise derive from names, so every call sees the same. Several processes share the pictures.
     """
     sam.eval()
-    predictor, names, scores = SamPredictor(sam), tuple(CORRUPTIONS), {}
-    for sample in data.spread(dataset, limit):
+    predictor, names, scores, (process, processes) = SamPredictor(sam), tuple(CORRUPTIONS), {}, place()
+    for sample in data.spread(dataset, limit)[process::processes]:
         conditions = ("clear", names[data.seed_of(sample.name) % len(names)]) if corrupt else ("clear",)
         try:
             masks = sample.masks()
@@ -240,9 +267,13 @@ def validate(sam, dataset, limit, corrupt, autocast):
                 by_box, *_ = predictor.predict_torch(None, None, corners, multimask_output=False)
             for prompt, masks in (("point", by_point), ("box", by_box)):
                 scores.setdefault(f"{prompt} {kind}", []).extend(mask_iou(masks[:, 0].float(), truth).tolist())
+    if processes > 1:
+        parts = [None] * processes
+        dist.all_gather_object(parts, scores)
+        scores = {key: [value for part in parts for value in part.get(key, ())] for part in parts for key in part}
     if not scores:
         raise TrainingError(f"{dataset.summary()}: no sample of the validation split can be read")
-    return {key: float(np.mean(value)) for key, value in sorted(scores.items())}
+    return {key: math.fsum(value) / len(value) for key, value in sorted(scores.items())}
 
 
 def report(dataset, error):
@@ -256,12 +287,20 @@ def report(dataset, error):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def place():
+    """The number of this process, torch's "rank", and how many there are, its "world size"."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def build_model(args):
-    """The frozen SAM with its adapter; with `--pretrain`, a random SAM that trains whole."""
+    """The frozen SAM with its adapter; its encoder free (`--method full`); with `--pretrain`, all of it free."""
     torch.manual_seed(args.seed)
     if args.pretrain:
-        return build_sam(args.backbone).to(args.device)
+        return build_sam(args.backbone, args.checkpoint).to(args.device)
     sam = build_sam(args.backbone, args.checkpoint or find_checkpoint(args.backbone))
+    if args.method == "full":
+        sam.requires_grad_(False).image_encoder.requires_grad_(True)
+        return sam.to(args.device)
     options = {"gara": ("rank_low", "rank_high", "temperature"), "gara_flat": ("rank", "temperature"),
                "lora": ("rank",), "moe_lora": ("experts", "temperature")}[args.method]
     given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
@@ -269,10 +308,12 @@ def build_model(args):
 
 
 def learning_rate(step, args):
-    """Linear warm-up over the first 5 % of the steps, then half a cosine down to zero."""
+    """Linear warm-up over the first 5 % of the steps, then half a cosine down to zero, or constant."""
     warm = max(1, args.steps // 20)
     if step < warm:
         return args.lr * (step + 1) / warm
+    if args.schedule == "constant":
+        return args.lr
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, args.steps - warm)))
 
 
@@ -281,11 +322,21 @@ class Run:
 
     def __init__(self, args):
         self.args, self.sam, self.step, self.best = args, build_model(args), 0, -1.0
+        self.bad = self.bad_in_a_row = 0  # steps without a finite gradient
+        self.sums, self.summed = {}, 0  # of what update() returned since the last line of the log
+        if args.checkpointing:
+            for block in self.sam.image_encoder.blocks:
+                block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
+        if args.compile:
+            self.sam.image_encoder.compile()
         self.losses = Losses(self.sam, args.pretrain)
+        if args.processes > 1:  # averages the gradients; mask prompts are not trained with --pretrain
+            self.losses = DistributedDataParallel(self.losses, find_unused_parameters=args.pretrain)
         self.parameters = [p for p in self.sam.parameters() if p.requires_grad]
         adam = torch.optim.AdamW if args.pretrain else torch.optim.Adam
         self.optimizer = adam(self.parameters, lr=args.lr, weight_decay=args.weight_decay,
                               fused=args.device.type == "cuda")
+        self.whole = args.pretrain or args.method == "full"  # then a checkpoint is a SAM, not an adapter
         self.result = FILES[args.backbone] if args.pretrain else f"{args.method}.pt"
 
     def path(self, name):
@@ -298,57 +349,107 @@ class Run:
 
     def log(self, **line):
         """Add a line to log.jsonl."""
-        with open(self.path("log.jsonl"), "a") as file:
-            file.write(json.dumps(dict(step=self.step, **line)) + "\n")
+        if self.args.process == 0:
+            with open(self.path("log.jsonl"), "a") as file:
+                file.write(json.dumps(dict(step=self.step, **line)) + "\n")
 
-    def update(self, batch):
-        """One step of the optimizer. Returns detached tensors: loss, and IoU of the batch by prompt kind."""
+    def update(self, share):
+        """One step of the optimizer, on this process's share of the batch, in `--accumulate` parts.
+
+        Every example has as many masks as any other, so weights by examples make the gradient the mean over the masks
+        of the whole batch, however it is shared. Adds means over the share to `sums`: loss, and IoU by prompt kind.
+        A step whose gradient is not finite leaves the model as it is and is counted.
+        """
+        args = self.args
         self.sam.train()
+        # What the gates draw depends on the step alone, not on what came before: a resumed run draws the same.
+        torch.manual_seed(data.seed_of(args.seed, "step", self.step, args.process))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.args)
-        with self.autocast():
-            loss, ious = self.losses(batch)
-        if not loss.isfinite():
-            names = ", ".join(example["name"] for example in batch)
-            raise TrainingError(f"step {self.step}: the loss is {loss.item()} on {names}; lower --lr or say --amp off "
-                                "(last.pt, if any, holds the last good state)")
+            group["lr"] = learning_rate(self.step, args)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.args.pretrain:  # early gradients throw random weights far off; an adapter starts from a trained model
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        parts = [part for k in range(args.accumulate) if (part := share[k::args.accumulate])]
+        means = {}
+        for part in parts:
+            last = part is parts[-1]
+            with self.losses.no_sync() if args.processes > 1 and not last else contextlib.nullcontext():
+                with self.autocast():
+                    loss, ious = self.losses(part)
+                (loss * (len(part) * args.processes / args.batch_size)).backward()
+            for key, value in {"loss": loss.detach(), **ious}.items():
+                means[key] = means.get(key, 0) + value * (len(part) / len(share))
+        clip = args.clip or (1.0 if args.pretrain else math.inf)  # early gradients throw random weights far off
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
         self.step += 1
-        return {"loss": loss.detach(), **ious}
+        if norm.isfinite():
+            self.optimizer.step()
+            self.bad_in_a_row = 0
+            self.sums = {key: self.sums.get(key, 0) + value for key, value in means.items()}
+            self.summed += 1
+            return
+        self.bad, self.bad_in_a_row = self.bad + 1, self.bad_in_a_row + 1
+        names = ", ".join(example["name"] for example in share)
+        print(f"step {self.step - 1:,} skipped, its gradient is not finite: loss {means['loss'].item():.4g} on {names}",
+              flush=True)
+        if self.bad_in_a_row == BAD_STEPS:
+            raise TrainingError(f"{BAD_STEPS} steps in a row without a finite gradient, the last on {names}; lower "
+                                "--lr or say --amp off (last.pt, if any, holds the last good state)")
 
-    def checkpoint(self, val_set):
-        """Validate; keep the best; write last.pt and the curve."""
+    def means(self):
+        """Means since the last call, over all processes: {"loss": ..., "point": ..., "box": ...}; {} without steps."""
+        keys = sorted(self.sums)
+        values = torch.tensor([float(self.sums[key]) for key in keys], device=self.args.device) / max(self.summed, 1)
+        if self.args.processes > 1:
+            dist.all_reduce(values.div_(self.args.processes))
+        self.sums, self.summed = {}, 0
+        return dict(zip(keys, values.tolist()))
+
+    def gate_statistics(self):
+        """Per layer, over the last batch: share of images in the higher-rank set, mean number of open components."""
+        if self.whole or self.args.method == "lora":
+            return {}
+        layers = gara.gates(self.sam)
+        return dict(higher=[round(layer["space"].float().mean().item(), 4) for layer in layers],
+                    active=[round(layer["count"].float().mean().item(), 2) for layer in layers])
+
+    def validate(self, val_set):
+        """Validate, keep the best, draw the curve."""
         args = self.args
         scores = validate(self.sam, val_set, args.val_images, not (args.no_corrupt or args.pretrain), self.autocast)
-        each = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
-        print(f"step {self.step:,}  validation IoU  {each}", flush=True)
         weights = [15 if "degraded" in key else 1 for key in scores]  # the 16 conditions count alike, as in training
         score = float(np.average(list(scores.values()), weights=weights))
-        meta = dict(step=self.step, validation=scores, settings={key: str(value) for key, value in vars(args).items()})
+        if args.process == 0:
+            each = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
+            print(f"step {self.step:,}  validation IoU  {each}", flush=True)
         if score > self.best:
             self.best = score
-            self.save(self.result, **meta)
-        cuda_rng = torch.cuda.get_rng_state_all() if args.device.type == "cuda" else None
-        training = dict(step=self.step, best=self.best, optimizer=self.optimizer.state_dict(),
-                        torch_rng=torch.get_rng_state(), cuda_rng=cuda_rng)
-        self.save("last.pt", **meta, training=training)
+            self.save(self.result, validation=scores)
         self.log(validation=scores, best=self.best)
-        curve(self.path("log.jsonl"), self.path("curve.png"))
+        self.checkpoint(validation=scores)
+        if args.process == 0:
+            curve(self.path("log.jsonl"), self.path("curve.png"))
+
+    def checkpoint(self, **meta):
+        """Write last.pt: the model and all that going on needs."""
+        training = dict(step=self.step, best=self.best, bad=self.bad, bad_in_a_row=self.bad_in_a_row, sums=self.sums,
+                        summed=self.summed, optimizer=self.optimizer.state_dict(), batch_size=self.args.batch_size,
+                        seed=self.args.seed, steps=self.args.steps)
+        self.save("last.pt", training=training, **meta)
 
     def save(self, name, **meta):
-        """Write the adapter, or the pretrained SAM's weights: whole, or not at all."""
+        """Write the adapter, or the whole SAM's weights: complete, or not at all."""
+        if self.args.process:
+            return
         path = self.path(name)
+        meta |= dict(step=self.step, settings={key: str(value) for key, value in vars(self.args).items()})
         try:
-            if not self.args.pretrain:
+            if not self.whole:
                 gara.save_adapter(self.sam, path, **meta)
                 return
             content = dict(sam=self.sam.state_dict(), **meta)
-            if "training" not in meta:  # finished weights, in half precision: the rounding is far below training noise
-                content = {key: value.half() for key, value in content["sam"].items()}
+            if "training" not in meta:  # finished weights, in SAM's own form
+                content = content["sam"]
+            if self.args.pretrain and "training" not in meta:  # the rounding is far below training noise
+                content = {key: value.half() for key, value in content.items()}
             torch.save(content, path + ".part")
             os.replace(path + ".part", path)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
@@ -358,78 +459,193 @@ class Run:
 
     def resume(self):
         """Go back to the state in last.pt."""
-        path = self.path("last.pt")
+        path, args = self.path("last.pt"), self.args
         if not os.path.isfile(path):
             raise TrainingError(f"--resume: there is no {path}; start without --resume, or name the run with --out")
         try:
-            if self.args.pretrain:
+            if self.whole:
                 content = torch.load(path, map_location="cpu", weights_only=True)
                 self.sam.load_state_dict(content["sam"])
             else:
                 content = gara.load_adapter(self.sam, path)
             training = content["training"]
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+            for name in ("batch_size", "seed", "steps"):
+                if training[name] != getattr(args, name):
+                    raise TrainingError(f"--resume: {path} is of a run with --{name.replace('_', '-')} "
+                                        f"{training[name]}, not {getattr(args, name)}")
+            self.optimizer.load_state_dict(training["optimizer"])
+            self.step, self.best = training["step"], training["best"]
+            self.bad, self.bad_in_a_row = training["bad"], training["bad_in_a_row"]
+            self.sums = {key: value.to(args.device) for key, value in training["sums"].items()}
+            self.summed = training["summed"]
+        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, TrainingError):
+                raise
             raise TrainingError(f"--resume: {path} is damaged or not of such a run; start another --out") from error
-        self.optimizer.load_state_dict(training["optimizer"])
-        self.step, self.best = training["step"], training["best"]
-        torch.set_rng_state(training["torch_rng"])
-        if training["cuda_rng"] and self.args.device.type == "cuda":
-            torch.cuda.set_rng_state_all(training["cuda_rng"])
-        with open(self.path("log.jsonl")) as file:  # what was logged after last.pt was written happens again
-            lines = [line for line in file if json.loads(line)["step"] <= self.step]
-        with open(self.path("log.jsonl"), "w") as file:
-            file.writelines(lines)
+        if args.process == 0:  # what was logged after last.pt was written happens again
+            lines = [json.dumps(line) + "\n" for line in read_log(self.path("log.jsonl")) if line["step"] <= self.step]
+            with open(self.path("log.jsonl") + ".part", "w") as file:
+                file.writelines(lines)
+            os.replace(self.path("log.jsonl") + ".part", self.path("log.jsonl"))
+
+    def describe(self, datasets):
+        """Write run.json: every setting, versions, the data, the code's commit, parameter counts."""
+        def git(*arguments):
+            try:
+                here = os.path.dirname(os.path.abspath(__file__))
+                return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True).stdout.strip()
+            except OSError:  # no git here
+                return ""
+        content = dict(
+            settings={key: value if isinstance(value, (int, float, bool, list, type(None))) else str(value)
+                      for key, value in vars(self.args).items()},
+            versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+            machine=f"{platform.machine()}, {os.cpu_count()} cores, "
+                    + (torch.cuda.get_device_name() if self.args.device.type == "cuda" else "no GPU in use"),
+            data=[dict(root=d.root, split=d.split, kind=d.kind, images=len(d), masks=d.masks, skipped=len(d.skipped),
+                       fingerprint=hashlib.sha256("\n".join(s.name for s in d).encode()).hexdigest()[:16])
+                  for d in datasets],
+            commit=git("rev-parse", "HEAD") or None, uncommitted_changes=bool(git("status", "--porcelain")),
+            learnable_parameters=sum(p.numel() for p in self.parameters),
+            all_parameters=sum(p.numel() for p in self.sam.parameters()))
+        with open(self.path("run.json") + ".part", "w") as file:
+            json.dump(content, file, indent=1)
+        os.replace(self.path("run.json") + ".part", self.path("run.json"))
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM (a cluster's notice) end the run after the step at hand; a second Ctrl-C ends it at once."""
+
+    def __init__(self):
+        self.signal = 0
+        self.before = {number: signal.signal(number, self.notice) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def notice(self, number, frame):
+        if self.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def anywhere(self, device):
+        """The signal, if any process of the run got one: all must stop after the same step."""
+        if dist.is_initialized():
+            flag = torch.tensor(self.signal, device=device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            return int(flag)
+        return self.signal
+
+    def close(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def train(args):
-    """The whole run. Returns the best validation score: IoU, mean over prompt kinds and the 16 conditions."""
-    train_set, val_set = (data.load_dataset(args.data, split) for split in ("train", "val"))
-    for dataset in (train_set, val_set):
-        print(dataset.summary())
+    """The whole run. Returns the exit code: 0, or 128 + the number of the signal that ended it early."""
+    sets = {split: data.load_datasets(args.data, split, args.strict) for split in ("train", "val")}
+    if args.prompts:
+        data.pin_prompts(sets["train"] + sets["val"], args.prompts)
+    if args.limit:
+        for dataset in sets["train"]:
+            dataset.samples = data.spread(dataset, args.limit)
+    everything = sets["train"] + sets["val"]
+    train_set, val_set = (data.Union(parts) if len(parts) > 1 else parts[0] for parts in sets.values())
     if args.epochs:
         args.steps = max(1, round(args.epochs * len(train_set) / args.batch_size))
     args.val_every = args.val_every or max(1, args.steps // 10)
     run = Run(args)
-    os.makedirs(args.out, exist_ok=True)
-    count = sum(p.numel() for p in run.parameters)
-    print(f"{args.backbone}, {'pretrain' if args.pretrain else args.method}: {count:,} learnable parameters; "
-          f"{args.steps:,} steps of {args.batch_size} images; {args.device}, amp {args.amp}, seed {args.seed}",
-          flush=True)
+    if args.process == 0:
+        count = sum(p.numel() for p in run.parameters)
+        for dataset in everything:
+            print(dataset.summary())
+        print(f"{args.backbone}, {'pretrain' if args.pretrain else args.method}: {count:,} learnable parameters; "
+              f"{args.steps:,} steps of {args.batch_size} images; {args.processes} x {args.device}, amp {args.amp}, "
+              f"seed {args.seed}", flush=True)
+        os.makedirs(args.out, exist_ok=True)
     if args.resume:
         run.resume()
-    elif not args.pretrain:
-        run.checkpoint(val_set)  # the frozen SAM: what the adapter has to beat
+    elif args.process == 0 and os.path.exists(run.path("log.jsonl")):
+        os.remove(run.path("log.jsonl"))  # of a run that ended before it had a checkpoint
+    if args.process == 0:
+        run.describe(everything)
+    interrupt = Interrupt()
+    try:
+        if not (args.resume or args.pretrain):
+            run.validate(val_set)  # the frozen SAM: what the adapter has to beat
+        steps(run, train_set, val_set, interrupt)
+    except TrainingError:
+        raise
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            run.checkpoint()
+            raise TrainingError("a process that loads data died, perhaps for lack of memory; lower --workers, then "
+                                f"--resume goes on from step {run.step:,}") from error
+        if isinstance(error, torch.OutOfMemoryError):
+            raise TrainingError("out of memory: raise --accumulate, add --checkpointing, lower --batch-size") from error
+        raise
+    finally:
+        interrupt.close()
+    if args.process == 0:
+        if run.step < args.steps:
+            print(f"stopped by signal {interrupt.signal} after step {run.step:,}; --resume goes on from there",
+                  file=sys.stderr)
+        else:
+            print(f"best: validation IoU {run.best:.4f}, {run.path(run.result)}; {train_set.summary()}")
+    return 0 if run.step == args.steps else 128 + (interrupt.signal or signal.SIGTERM)
+
+
+def keep_freed_memory():
+    """Have the C library keep what a step frees for the next step; else it gives big pieces back to the system, and every
+    new page costs a fault. Only glibc has these settings."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: its largest value, 32 MiB
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def steps(run, train_set, val_set, interrupt):
+    """Train from run.step to the end, or until interrupted."""
+    args = run.args
     examples = Examples(train_set, args.backbone, args.steps * args.batch_size, args.seed, args.masks_per_image,
-                        corrupt=not (args.no_corrupt or args.pretrain), augment=args.pretrain)
-    first, started, sums, count = run.step, time.monotonic(), {}, 0
-    interval, waited, asked = started, 0.0, started
-    for batch in batches(examples, run.step, args.batch_size, args.workers):
+                        not (args.no_corrupt or args.pretrain), args.pretrain, args.clear)
+    first, started, count = run.step, time.monotonic(), 0
+    interval, waited, asked, written = started, 0.0, started, started
+    for share in batches(examples, run.step, args):
         waited += time.monotonic() - asked
-        for example in batch:
+        for example in share:
             if isinstance(example, TrainingError):
+                run.checkpoint()
                 raise example
             for error in example["bad"]:
                 report(train_set, error)
-        for key, value in run.update(batch).items():
-            sums[key] = sums.get(key, 0) + value
+        run.update(share)
         count += 1
         if run.step % args.log_every == 0 or run.step == args.steps:
             now = time.monotonic()
-            means = {key: float(value) / count for key, value in sums.items()}
+            means = run.means()
             speed, waiting = count * args.batch_size / (now - interval), waited / (now - interval)
             left = round((args.steps - run.step) * (now - started) / (run.step - first))
-            run.log(**means, lr=learning_rate(run.step - 1, args), images_per_second=speed, waiting=waiting)
+            run.log(**means, lr=learning_rate(run.step - 1, args), images_per_second=speed, waiting=waiting,
+                    skipped_steps=run.bad, **run.gate_statistics())
             ious = " ".join(f"{key} {value:.3f}" for key, value in means.items() if key != "loss")
-            print(f"step {run.step:,}/{args.steps:,}  loss {means['loss']:.4f}  IoU {ious}  {speed:.1f} images/s  "
-                  f"{waiting:.0%} waiting for data  {left // 60}:{left % 60:02} left", flush=True)
-            sums, count = {}, 0
-        if run.step % args.val_every == 0 or run.step == args.steps:
-            run.checkpoint(val_set)
+            if args.process == 0:
+                print(f"step {run.step:,}/{args.steps:,}  loss {means.get('loss', math.nan):.4f}  IoU {ious}  "
+                      f"{speed:.1f} images/s  {waiting:.0%} waiting for data  "
+                      f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
+            count = 0
+        stop = interrupt.anywhere(args.device)
+        if run.step % args.val_every == 0 or run.step == args.steps:  # even on a stop: it would not be made up for
+            run.validate(val_set)
+            written = time.monotonic()
+        elif stop or time.monotonic() - written > 60 * args.save_minutes:
+            run.checkpoint()
+            written = time.monotonic()
+        if args.keep_every and run.step % args.keep_every == 0:
+            run.save(f"step_{run.step}.pt")
+        if stop:
+            interrupt.signal = stop
+            return
         asked = time.monotonic()
         if not count:
             interval, waited = asked, 0.0
-    print(f"best: validation IoU {run.best:.4f}, {run.path(run.result)}; {train_set.summary()}")
-    return run.best
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,24 +658,45 @@ COLOURS = {"loss": BLUE, "point": BLUE, "box": ORANGE, "point degraded": BLUE, "
            "point clear": GREEN, "box clear": PURPLE}
 
 
+def read_log(path):
+    """The lines of log.jsonl; one that a crash cut short is left out."""
+    lines = []
+    with open(path) as file:
+        for line in file:
+            if line.endswith("\n"):
+                lines.append(json.loads(line))
+    return lines
+
+
 def curve(log, path):
-    """Draw log.jsonl as a PNG: the loss on the left, training (thin) and validation (dots) IoU on the right."""
-    with open(log) as file:
-        lines = [json.loads(line) for line in file]
+    """Draw log.jsonl as a PNG: loss; IoU in training (thin) and validation (dots); what the gates of each layer do."""
+    lines = read_log(log)
     loss = {"loss": [(x["step"], x["loss"]) for x in lines if "loss" in x]}
     iou = {key: [(x["step"], x[key]) for x in lines if key in x] for key in ("point", "box")}
     dots = {}
     for x in lines:
         for key, value in x.get("validation", {}).items():
             dots.setdefault(key, []).append((x["step"], value))
-    page = Image.new("RGB", (1400, 520), "white")
+    gated = [x for x in lines if "active" in x]
+    page = Image.new("RGB", (1400, 1060 if gated else 520), "white")
     pen = ImageDraw.Draw(page)
-    plot(pen, (80, 60, 660, 440), "training loss", loss, {})
-    plot(pen, (780, 60, 1360, 440), "IoU (lines: training, dots: validation)", iou, dots)
+    plot(pen, (80, 60, 660, 440), "training loss", loss, {}, COLOURS)
+    plot(pen, (780, 60, 1360, 440), "IoU (lines: training, dots: validation)", iou, dots, COLOURS)
+    for key, title, x in (("higher", "share of images in the higher-rank set", 80),
+                          ("active", "open components, mean over images", 780)) if gated else ():
+        depth = len(gated[0][key])
+        layers = {f"layer {k}": [(line["step"], line[key][k]) for line in gated] for k in range(depth)}
+        shades = {f"layer {k}": shade(k / max(1, depth - 1)) for k in range(depth)}
+        plot(pen, (x, 600, x + 580, 980), title, layers, {}, shades)
     data.save_png(page, path)
 
 
-def plot(pen, frame, title, lines, marks):
+def shade(x):
+    """A colour from pale blue (first layer) to black (last), x in 0..1."""
+    return tuple(round((1 - x) * a) for a in (120, 190, 255))
+
+
+def plot(pen, frame, title, lines, marks, colours):
     """One set of axes within frame (x0, y0, x1, y1): {name: [(x, y)]} as lines, and as joined dots; legend below."""
     font = ImageFont.load_default(18)
     xs, ys = zip(*[xy for series in (*lines.values(), *marks.values()) for xy in series] or [(0, 0)])
@@ -477,14 +714,15 @@ def plot(pen, frame, title, lines, marks):
         pen.text((x0 - 8, at(0, y)[1]), f"{y:.3g}", "black", font, anchor="rm")
         pen.text((at(last * tick / 4, low)[0], y1 + 8), f"{last * tick / 4:,.0f}", "black", font, anchor="ma")
     for name, series in lines.items():
-        pen.line([at(*xy) for xy in series], COLOURS[name], 2)
+        pen.line([at(*xy) for xy in series], colours[name], 2)
     for name, series in marks.items():
-        pen.line([at(*xy) for xy in series], COLOURS[name], 3)
+        pen.line([at(*xy) for xy in series], colours[name], 3)
         for x, y in (at(*xy) for xy in series):
-            pen.ellipse((x - 5, y - 5, x + 5, y + 5), COLOURS[name])
+            pen.ellipse((x - 5, y - 5, x + 5, y + 5), colours[name])
     x = x0
-    for name in marks or lines:
-        pen.rectangle((x, y1 + 50, x + 16, y1 + 58), COLOURS[name])
+    names = list(marks or lines)
+    for name in names if len(names) <= 6 else (names[0], names[len(names) // 2], names[-1]):
+        pen.rectangle((x, y1 + 50, x + 16, y1 + 58), colours[name])
         pen.text((x + 22, y1 + 44), name, "black", font)
         x += 40 + pen.textlength(name, font)
 
@@ -494,49 +732,71 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     add = parser.add_argument
-    add("--data", required=True, help="a dataset folder with splits train and val; demo/ is made if it is not there")
+    add("--data", required=True, nargs="+", metavar="ROOT",
+        help="dataset folders of any kind that data.py reads, with splits train and val; demo/ is made if it is not "
+             "there; KIND=ROOT where the kind is not plain to see")
+    add("--prompts", nargs="+", metavar="JSON", help="use exactly these prompts (data.py ROOT --export-prompts JSON), "
+        "in training and validation, instead of drawing new ones for every step")
+    add("--strict", action="store_true", help="a bad or missing file is an error; else it is skipped and counted")
     add("--backbone", choices=BACKBONES, default="vit_t", help="vit_t (default) comes with the project")
     add("--checkpoint", help="SAM weights; default: assets/, checkpoints/, the torch hub cache, else downloaded")
-    add("--method", choices=gara.METHODS, default="gara")
+    add("--method", choices=(*gara.METHODS, "full"), default="gara", help="full: no adapter, the whole encoder learns")
     add("--rank-low", type=int, help="gara: components of the lower-rank space (default 16; vit_t 4)")
     add("--rank-high", type=int, help="gara: components of the higher-rank space (default 256; vit_t 48)")
     add("--rank", type=int, help="lora, gara_flat: components (default 16; vit_t 4)")
     add("--experts", type=lambda text: tuple(map(int, text.split(","))), help="moe_lora: ranks, as 2,16,128,256")
     add("--temperature", type=float, default=0.5, help="of the Gumbel-sigmoid")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="default 1300 for vit_t, else 40000")
+    length.add_argument("--steps", type=int, help="default 450 for vit_t, else 40000")
     length.add_argument("--epochs", type=float)
     add("--batch-size", type=int, help="pictures (default 16 for vit_t, else 8)")
+    add("--accumulate", type=int, default=1, metavar="N", help="parts that a process does its share of the batch in")
     add("--masks-per-image", type=int, help="objects of a picture, sharing its encoding (default 2 for vit_t, else 4)")
-    add("--lr", type=float, help="peak learning rate (default 2e-3 for vit_t, else 1e-4)")
+    add("--lr", type=float, help="peak learning rate (default 1e-3 for vit_t, else 1e-4)")
+    add("--schedule", choices=("cosine", "constant"), default="cosine", help="after a warm-up of 5 %% of the steps")
     add("--weight-decay", type=float, default=1e-5)
+    add("--clip", type=float, help="largest norm of the gradient (default: none; 1 with --pretrain)")
+    add("--clear", type=float, metavar="P", help="chance of a clear picture, else a corruption (default: 1 in 16)")
     add("--seed", type=int, default=0)
     add("--no-corrupt", action="store_true", help="use the pictures as they are")
-    add("--pretrain", action="store_true", help="train the whole model from scratch on clear pictures")
+    add("--pretrain", action="store_true", help="train the whole model on clear pictures, from scratch or --checkpoint")
+    add("--limit", type=int, help="only this many pictures of each training set, spread over it: for a try")
+    add("--checkpointing", action="store_true", help="compute each block twice to save its memory")
+    add("--compile", action="store_true", help="torch.compile the encoder")
     add("--out", help="folder of the run (default runs/BACKBONE_METHOD)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     add("--amp", choices=("auto", "off", "bf16"), default="auto", help="auto: bf16 on CUDA and on CPUs with AMX")
     add("--workers", type=int, help="loader processes (default: half the cores, at most 8)")
     add("--log-every", type=int, default=20, help="steps")
+    add("--save-minutes", type=float, default=10, help="write last.pt at least this often (default 10)")
+    add("--keep-every", type=int, metavar="STEPS", help="also keep the adapter of every so many steps")
     add("--val-every", type=int, help="steps (default: a tenth of the run)")
     add("--val-images", type=int, default=64, help="pictures of the validation split used, at most")
     args = parser.parse_args(argv)
-    for name in ("steps", "epochs", "batch_size", "masks_per_image", "lr", "temperature", "log_every", "val_every",
-                 "val_images"):
+    for name in ("steps", "epochs", "batch_size", "accumulate", "masks_per_image", "lr", "clip", "temperature", "limit",
+                 "log_every", "save_minutes", "keep_every", "val_every", "val_images"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     for name, value in DEFAULTS[args.backbone].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.pretrain and args.prompts:
+        parser.error("--pretrain varies its pictures, so it cannot use --prompts")
     if args.pretrain and args.batch_size * args.masks_per_image < 2:
         parser.error("--pretrain needs two objects a step: raise --batch-size or --masks-per-image")
     args.workers = min(8, (os.cpu_count() or 2) // 2) if args.workers is None else args.workers
     if args.workers < 0:
         parser.error("--workers must be 0 or more")
     args.out = args.out or os.path.join("runs", f"{args.backbone}_{'pretrain' if args.pretrain else args.method}")
+    args.process, args.processes = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if args.batch_size < args.processes:  # torchrun has set these two
+        parser.error(f"--batch-size {args.batch_size} is too small for {args.processes} processes, who share a batch")
+    if args.clear is not None and not 0 <= args.clear <= 1:
+        parser.error("--clear is a chance, from 0 to 1")
     try:
-        args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        gpu = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if args.processes > 1 else "cuda"
+        args.device = torch.device(args.device or (gpu if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device: {str(error).splitlines()[0]}")
@@ -552,15 +812,26 @@ def main(argv=None):
     try:
         if not args.resume and os.path.exists(os.path.join(args.out, "last.pt")):
             raise TrainingError(f"{args.out} holds a run already: --resume goes on with it, --out NAME starts another")
-        data.make_missing_demo(args.data)
-        train(args)
+        if args.process == 0:
+            for root in args.data:
+                data.make_missing_demo(root)
+        if args.processes > 1:
+            if args.device.type == "cuda":
+                torch.cuda.set_device(args.device)
+            dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+            dist.barrier()
+        if args.device.type == "cpu":
+            keep_freed_memory()
+        return train(args)
     except (TrainingError, data.DatasetError, OSError, ValueError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on from the last validation", file=sys.stderr)
+        print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
-    return 0
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
