@@ -487,6 +487,10 @@ class Run:
             with open(self.path("log.jsonl") + ".part", "w") as file:
                 file.writelines(lines)
             os.replace(self.path("log.jsonl") + ".part", self.path("log.jsonl"))
+            curve(self.path("log.jsonl"), self.path("curve.png"))
+            for name in os.listdir(args.out):  # what a kill in the middle of writing left
+                if name.endswith(".part"):
+                    os.remove(self.path(name))
 
     def describe(self, datasets):
         """Write run.json: every setting, versions, the data, the code's commit, parameter counts."""
@@ -593,8 +597,8 @@ def train(args):
 
 
 def keep_freed_memory():
-    """Have the C library keep what a step frees for the next step; else it gives big pieces back to the system, and every
-    new page costs a fault. Only glibc has these settings."""
+    """Have the C library keep what a step frees for the next step: otherwise it gives big pieces back to the system,
+    and every new page costs a fault. Only glibc has these settings."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: its largest value, 32 MiB
