@@ -2173,6 +2173,19 @@ def test_a_killed_run_goes_on_to_the_same_bits(demo, tmp_path):
     assert logs[0] == logs[1] and {line["step"] for line in logs[0]} == {0, 3, 4, 6, 8}
     assert sorted(os.listdir(tmp_path / "cut")) == sorted(os.listdir(tmp_path / "whole"))
 
+def test_a_signal_to_all_processes_of_a_run_stops_it_in_order(demo, tmp_path):
+    """As Ctrl-C in a terminal and schedulers send it: the loader's processes must not die first."""
+    arguments = ["--data", demo / "demo", "--checkpoint", demo / "w.pth", "--out", tmp_path / "run", *(
+        "--device cpu --amp off --batch-size 2 --steps 9999 --val-every 9999 --val-images 1 --save-minutes 1e-6 "
+        "--workers 1").split()]
+    options = dict(env=os.environ | dict(OMP_NUM_THREADS="1"), start_new_session=True, text=True)
+    with subprocess.Popen([sys.executable, train.__file__, *arguments], stderr=subprocess.PIPE, **options) as process:
+        while not (tmp_path / "run" / "last.pt").exists() or last(tmp_path / "run")["meta"]["training"]["step"] < 2:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGTERM)
+        said = process.stderr.read()
+    assert process.returncode == 143 and "stopped by signal 15" in said and "Traceback" not in said
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_end_a_run_after_the_step_at_hand(demo, finished, tmp_path, monkeypatch, capsys, number, code):
     rate, calls = train.learning_rate, itertools.count()

@@ -165,8 +165,9 @@ def batches(examples, first, args):
 
 
 def leave_signals_to_the_main_process(_):
-    """Ctrl-C reaches every process of a terminal; the loader's must live until the main one has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C, and a cluster's SIGTERM, reach every process; the loader's must live until the main one has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
