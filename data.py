@@ -1066,12 +1066,17 @@ def load_dataset(root, split, kind="auto", strict=False):
     return dataset
 
 
+def path_and_kind(root):
+    """As the command lines name a dataset: "lvis=coco/" -> ("coco/", "lvis"), and any other path -> (path, "auto")."""
+    kind, _, path = str(root).partition("=")
+    return (path, kind) if kind in KINDS else (root, "auto")
+
+
 def load_datasets(roots, split, strict=False, prompt_files=()):
     """The same split of several roots, each a path or KIND=PATH: a list of Datasets, with pinned prompts if asked."""
     datasets = []
     for root in roots:
-        kind, _, path = str(root).partition("=")
-        kind, path = (kind, path) if kind in KINDS else ("auto", root)
+        path, kind = path_and_kind(root)
         datasets.append(load_dataset(path, split, kind, strict))
     if prompt_files:
         pin_prompts(datasets, prompt_files)
@@ -1475,8 +1480,7 @@ def main(argv=None):
     parser.add_argument("--scenes", nargs=3, type=int, default=(2000, 64, 128), metavar=("TRAIN", "VAL", "TEST"),
                         help="how many scenes --make-demo makes (2000 64 128)")
     args = parser.parse_args(argv)
-    kind, _, root = args.root.partition("=")
-    kind, root = (kind, root) if kind in KINDS else ("auto", args.root)
+    root, kind = path_and_kind(args.root)
     try:
         if args.make_demo:
             make_demo(root, *args.scenes)
