@@ -129,7 +129,8 @@ def read_image(path, size=None):
     names: then they were annotated as stored. SampleError if neither has.
     """
     try:
-        image_size(path, size)
+        if size:
+            image_size(path, size)  # refuses a picture of neither size
         with Image.open(path) as file:
             turn = UPRIGHT.get(file.getexif().get(0x0112))
             image = file if turn is None or size and tuple(size) == file.size[::-1] else file.transpose(turn)
@@ -140,15 +141,28 @@ def read_image(path, size=None):
         raise SampleError(f"{path}: cannot read this image ({_why(error)})") from None
 
 
-def save_png(picture, path):
-    """Writes a Pillow image as a PNG: whole, or not at all. DatasetError."""
+def _save(write, path):
+    """write(temporary path), then the file appears under its name: whole, or not at all. DatasetError."""
     try:
-        picture.save(f"{path}.part", "PNG")
+        write(f"{path}.part")
         os.replace(f"{path}.part", path)
     except OSError as error:
         if os.path.exists(f"{path}.part"):
             os.remove(f"{path}.part")
-        raise DatasetError(f"{path}: cannot write this picture ({_why(error)})") from None
+        raise DatasetError(f"{path}: cannot write this file ({_why(error)})") from None
+
+
+def save_png(picture, path):
+    """Writes a Pillow image as a PNG: whole, or not at all. DatasetError."""
+    _save(lambda part: picture.save(part, "PNG"), path)
+
+
+def save_text(text, path):
+    """Writes a text file: whole, or not at all. DatasetError."""
+    def write(part):
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+    _save(write, path)
 
 
 def image_size(path, size=None):

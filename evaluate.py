@@ -314,13 +314,11 @@ def main(argv=None):
         print_tables(parts, conditions)
         path = os.path.join(args.out, "results.json")
         *_, means = parts.values()
-        with open(f"{path}.part", "w") as file:
-            json.dump(dict(format="gara-sam results 1", data=args.data, split=args.split, backbone=backbone,
-                           ckpt=args.ckpt, prompts=args.prompts, amp=args.amp, torch=torch.__version__,
-                           machine=platform.platform(), seconds=round(seconds, 1), conditions=conditions,
-                           skipped=[line for dataset in datasets for line in dataset.skipped], means=means,
-                           means_by_data=parts, images=images), file)
-        os.replace(f"{path}.part", path)
+        results = dict(format="gara-sam results 1", data=args.data, split=args.split, backbone=backbone, ckpt=args.ckpt,
+                       prompts=args.prompts, amp=args.amp, torch=torch.__version__, machine=platform.platform(),
+                       seconds=round(seconds, 1), conditions=conditions, means=means, means_by_data=parts,
+                       skipped=[line for dataset in datasets for line in dataset.skipped], images=images)
+        data.save_text(json.dumps(results), path)
         picture(kept, list(models), os.path.join(args.out, "samples.png"))
         print(f"\nwritten: {path}, {os.path.join(args.out, 'samples.png')}")
     except (data.DatasetError, ValueError, OSError, RuntimeError, AssertionError) as error:  # last: no CUDA in torch

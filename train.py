@@ -480,14 +480,10 @@ class Run:
             self.sums = {key: value.to(args.device) for key, value in training["sums"].items()}
             self.summed = training["summed"]
         except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, TrainingError):
-                raise
             raise TrainingError(f"--resume: {path} is damaged or not of such a run; start another --out") from error
         if args.process == 0:  # what was logged after last.pt was written happens again
             lines = [json.dumps(line) + "\n" for line in read_log(self.path("log.jsonl")) if line["step"] <= self.step]
-            with open(self.path("log.jsonl") + ".part", "w") as file:
-                file.writelines(lines)
-            os.replace(self.path("log.jsonl") + ".part", self.path("log.jsonl"))
+            data.save_text("".join(lines), self.path("log.jsonl"))
             curve(self.path("log.jsonl"), self.path("curve.png"))
             for name in os.listdir(args.out):  # what a kill in the middle of writing left
                 if name.endswith(".part"):
@@ -513,9 +509,7 @@ class Run:
             commit=git("rev-parse", "HEAD") or None, uncommitted_changes=bool(git("status", "--porcelain")),
             learnable_parameters=sum(p.numel() for p in self.parameters),
             all_parameters=sum(p.numel() for p in self.sam.parameters()))
-        with open(self.path("run.json") + ".part", "w") as file:
-            json.dump(content, file, indent=1)
-        os.replace(self.path("run.json") + ".part", self.path("run.json"))
+        data.save_text(json.dumps(content, indent=1), self.path("run.json"))
 
 
 class Interrupt:
@@ -576,8 +570,6 @@ def train(args):
         if not (args.resume or args.pretrain):
             run.validate(val_set)  # the frozen SAM: what the adapter has to beat
         steps(run, train_set, val_set, interrupt)
-    except TrainingError:
-        raise
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             run.checkpoint()
