@@ -413,7 +413,7 @@ class Run:
                     active=[round(layer["count"].float().mean().item(), 2) for layer in layers])
 
     def validate(self, val_set):
-        """Validate, keep the best, draw the curve."""
+        """Validate, keep the best, write a checkpoint."""
         args = self.args
         scores = validate(self.sam, val_set, args.val_images, not (args.no_corrupt or args.pretrain), self.autocast)
         weights = [15 if "degraded" in key else 1 for key in scores]  # the 16 conditions count alike, as in training
@@ -426,15 +426,15 @@ class Run:
             self.save(self.result, validation=scores)
         self.log(validation=scores, best=self.best)
         self.checkpoint(validation=scores)
-        if args.process == 0:
-            curve(self.path("log.jsonl"), self.path("curve.png"))
 
     def checkpoint(self, **meta):
-        """Write last.pt: the model and all that going on needs."""
+        """Write last.pt, the model and all that going on needs, and draw the curve."""
         training = dict(step=self.step, best=self.best, bad=self.bad, bad_in_a_row=self.bad_in_a_row, sums=self.sums,
                         summed=self.summed, optimizer=self.optimizer.state_dict(), batch_size=self.args.batch_size,
                         seed=self.args.seed, steps=self.args.steps)
         self.save("last.pt", training=training, **meta)
+        if self.args.process == 0 and os.path.exists(self.path("log.jsonl")):
+            curve(self.path("log.jsonl"), self.path("curve.png"))
 
     def save(self, name, **meta):
         """Write the adapter, or the whole SAM's weights: complete, or not at all."""
