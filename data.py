@@ -179,15 +179,29 @@ def image_size(path, size=None):
     return tuple(size) if size else upright
 
 
+def name_and_strength(condition):
+    """"fog@0.5" -> ("fog", 0.5): fog of half the strength. "fog" -> ("fog", 1.0), Robust-Seg's. DatasetError if it is
+    no condition, or the strength none that `corrupt` takes."""
+    name, _, strength = condition.partition("@")
+    try:
+        strength = float(strength or 1)
+    except ValueError:
+        strength = -1
+    if name not in CONDITIONS or not 0 <= strength <= 10 or condition.startswith("clear@"):
+        raise DatasetError(f"no condition {condition!r}; there are: {', '.join(CONDITIONS)}, and all but clear with a "
+                           "strength, as fog@0.5")
+    return name, strength
+
+
 def degraded_jpeg(image, condition, seed):
     """The degraded picture as the bytes of a JPEG, quality 95, 4:2:0: Robust-Seg stores its own that way."""
-    file = io.BytesIO()
-    Image.fromarray(corrupt(image, condition, seed)).save(file, "JPEG", quality=95, subsampling="4:2:0")
+    file, (name, strength) = io.BytesIO(), name_and_strength(condition)
+    Image.fromarray(corrupt(image, name, seed, strength)).save(file, "JPEG", quality=95, subsampling="4:2:0")
     return file.getvalue()
 
 
 def degrade(image, condition, seed):
-    """uint8 HxWx3 -> uint8 HxWx3 in one of CONDITIONS, through the same JPEG bytes that `--corrupt` writes."""
+    """uint8 HxWx3 -> uint8 HxWx3 in one of CONDITIONS or as "fog@0.5", through the JPEG that `--corrupt` writes."""
     return image if condition == "clear" else np.array(Image.open(io.BytesIO(degraded_jpeg(image, condition, seed))))
 
 
@@ -361,9 +375,11 @@ class Sample:
         self.ready, self.size, self.pinned, self.left_out, self._kept = ready, size, None, Counter(), None
 
     def image(self, condition="clear", seed=None):
-        """uint8 HxWx3. A degraded picture is read from its folder if it is there, else made from `seed`."""
-        if condition not in CONDITIONS:
-            raise DatasetError(f"no condition {condition!r}; there are: {', '.join(CONDITIONS)}")
+        """uint8 HxWx3. A degraded picture is read from its folder if it is there, else made from `seed`.
+
+        A condition may carry a strength: "fog@0.5" is made from the same seed as "fog".
+        """
+        corruption, _ = name_and_strength(condition)
         for ending in PICTURES if condition in self.ready else ():
             path = os.path.join(self.folder, condition, self.name + ending)
             if os.path.exists(path):
@@ -371,7 +387,7 @@ class Sample:
                 self._same_size(path, image.shape[:2])
                 return image
         return degrade(read_image(self.clear, self.size), condition,
-                       seed_of(self.name, condition) if seed is None else seed)
+                       seed_of(self.name, corruption) if seed is None else seed)
 
     def masks(self):
         """bool NxHxW, N >= 1, one plane per object. What is left out (crowds, empty masks, ...) is counted in
@@ -1242,9 +1258,9 @@ def _colour(rng, vivid):
     return (value * (1 - saturation * (tint.max() - tint) / np.ptp(tint))).astype(np.float32)
 
 
-def _texture(rng, height, width, colour, strength):
-    """float32 HxWx3: a pattern of `colour` and a colour up to `strength` away from it (RGB distance)."""
-    kind = rng.choice(["flat", "gradient", "noise", "stripes", "wood", "checks", "dots"])
+def _pattern(rng, height, width, kinds=("stripes", "wood", "checks", "dots")):
+    """float32 HxW in 0..1: a pattern of one of these kinds."""
+    kind = rng.choice(kinds)
     angle, wave, sharp = rng.uniform(0, 6.3), 2 * np.pi / rng.uniform(5, 18), rng.uniform(0.6, 4)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     u, v = (wave * p for p in (x * float(np.cos(angle)) + y * float(np.sin(angle)),
@@ -1259,6 +1275,12 @@ def _texture(rng, height, width, colour, strength):
         field = {"stripes": lambda: np.sin(u), "wood": lambda: np.sin(u + 9 * _noise(rng, height, width)),
                  "checks": lambda: 1.5 * np.sin(u) * np.sin(v), "dots": lambda: np.cos(u) + np.cos(v) - 0.7}[kind]()
         field = (0.5 + sharp * field).clip(0, 1)
+    return field
+
+
+def _texture(rng, height, width, colour, strength):
+    """float32 HxWx3: a pattern of `colour` and a colour up to `strength` away from it (RGB distance)."""
+    field = _pattern(rng, height, width, ("flat", "gradient", "noise", "stripes", "wood", "checks", "dots"))
     step = rng.normal(0, 1, 3) + 1.5 * rng.choice([-1, 1])  # mostly lighter or darker, a little of another hue
     return colour + field[..., None] * (rng.uniform(0.3, 1) * strength * step / np.linalg.norm(step)).astype(np.float32)
 
@@ -1283,8 +1305,8 @@ def _background(rng, height, width):
     return canvas.clip(0, 1)
 
 
-def _paint(rng, canvas, cover, light):
-    """The canvas with one more object: its shadow, its own texture, shading."""
+def _paint(rng, canvas, cover, light, patterned):
+    """The canvas with one more object: its shadow, its own texture, shading. `patterned`: see demo_scene."""
     if rng.random() < 0.4:
         x, y = (6 - round(rng.uniform(2, 6) * part) for part in light)  # away from the light
         shadow = _soften(np.pad(cover, 6)[y:, x:][:cover.shape[0], :cover.shape[1]], rng.uniform(1, 4))
@@ -1294,17 +1316,21 @@ def _paint(rng, canvas, cover, light):
     while np.linalg.norm(colour - behind) < contrast:  # from subtle to obvious, never invisible
         contrast, colour = contrast * 0.95, _colour(rng, vivid=True)
     skin = _texture(rng, *cover.shape, colour, rng.uniform(0.1, 0.4))
+    if patterned and rng.random() < patterned:
+        skin = _blend(skin, _colour(rng, vivid=True), _pattern(rng, *cover.shape))
     dome = _soften(cover, rng.uniform(1.5, 5))
     down, right = np.gradient(dome)
     shade = 1 + rng.uniform(0, 4) * (right * light[0] + down * light[1]) - rng.uniform(0, 0.3) * (1 - dome)
     return _blend(canvas, (skin * shade[..., None]).clip(0, 1), cover)
 
 
-def demo_scene(seed, size=128):
+def demo_scene(seed, size=128, patterned=0.5):
     """A synthetic picture: uint8 HxWx3, bool NxHxW (N >= 1); long side `size`. The same for the same seed.
 
     Sharp, well lit and free of noise, vivid objects on dull grounds: a model that has seen nothing else learns to rely
-    on that, as any model does on what its pictures have in common, and is not robust before it is made so.
+    on that, as any model does on what its pictures have in common, and is not robust before it is made so. `patterned`
+    is the chance that an object has a bold pattern of two colours. The tiny SAM has seen none (patterned=0), and may
+    take a stripe for the object: to it the demo is what LVIS is to SAM, a dataset with its own idea of an object.
     Objects are painted back to front and a mask is what remains visible: masks never overlap, boxes do. An object that
     is mostly hidden (less than 35 % or 250 pixels of 128 x 128 remain) stays in the picture without a mask.
     """
@@ -1319,7 +1345,7 @@ def demo_scene(seed, size=128):
         cover = _cover([(_turn(outline, angle) * radius + at, value) for outline, value in _shape(rng)], height, width)
         inside = cover > 0.5
         if inside.sum() >= least:
-            canvas = _paint(rng, canvas, cover, light)
+            canvas = _paint(rng, canvas, cover, light, patterned)
             owner[inside] = len(areas)
             areas.append(inside.sum())
     seen = owner == np.arange(len(areas))[:, None, None]
@@ -1340,13 +1366,13 @@ def _parallel(work, jobs):
 
 
 def _write_scene(job):
-    folder, name, seed, size = job
-    image, masks = demo_scene(seed, size)
+    folder, name, *scene = job
+    image, masks = demo_scene(*scene)
     Image.fromarray(image).save(os.path.join(folder, "clear", name + ".jpg"), quality=95)
     np.save(os.path.join(folder, "masks", name + ".npy"), masks)
 
 
-def make_demo(root, train=2000, val=64, test=128, size=128, seed=0):
+def make_demo(root, train=2000, val=64, test=128, size=128, seed=0, patterned=0.5):
     """Writes the synthetic dataset. It appears under `root` when it is complete, or not at all."""
     root, jobs = os.path.abspath(root), []
     if os.path.exists(root) and not (os.path.isdir(root) and not os.listdir(root)):
@@ -1355,7 +1381,7 @@ def make_demo(root, train=2000, val=64, test=128, size=128, seed=0):
     for split, count in (("train", train), ("val", val), ("test", test)):
         # Seeds above 32 bits, so that no scene equals one that training draws on the fly from a 32-bit seed.
         first = seed_of("demo", seed, split) << 32
-        jobs += [(os.path.join(part, split), f"{split}_{k:05d}", first + k, size) for k in range(count)]
+        jobs += [(os.path.join(part, split), f"{split}_{k:05d}", first + k, size, patterned) for k in range(count)]
     try:
         for folder in {job[0] for job in jobs}:
             os.makedirs(os.path.join(folder, "clear"))
@@ -1493,11 +1519,13 @@ def main(argv=None):
     parser.add_argument("--make-demo", action="store_true", help="make the synthetic dataset")
     parser.add_argument("--scenes", nargs=3, type=int, default=(2000, 64, 128), metavar=("TRAIN", "VAL", "TEST"),
                         help="how many scenes --make-demo makes (2000 64 128)")
+    parser.add_argument("--patterned", type=float, default=0.5, metavar="P", help="of the objects that --make-demo "
+                        "makes, the share with a bold pattern (0.5; the tiny SAM was trained with 0)")
     args = parser.parse_args(argv)
     root, kind = path_and_kind(args.root)
     try:
         if args.make_demo:
-            make_demo(root, *args.scenes)
+            make_demo(root, *args.scenes, patterned=args.patterned)
         kind, splits = find_splits(root, kind)
         datasets = []
         for split in [args.split] if args.split else splits:

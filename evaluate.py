@@ -118,6 +118,11 @@ class Questions(torch.utils.data.Dataset):
                     images=images)
 
 
+def as_it_is(asked):
+    """The loader's collate function: no lambda, so that it reaches processes that are spawned."""
+    return asked
+
+
 @torch.no_grad()
 def predict(sam, images, points, boxes, batch_size, amp):
     """One picture in several conditions, uint8 HxWx3 each; points (M, 3, 2) and boxes (M, 4) in its pixels.
@@ -156,7 +161,7 @@ def evaluate(models, dataset, conditions, batch_size=4, amp="off", workers=0, sh
     """
     images, kept, show = [], [], show or {}
     loader = torch.utils.data.DataLoader(Questions(dataset, conditions), batch_size=None, num_workers=workers,
-                                         collate_fn=lambda asked: asked, prefetch_factor=2 if workers else None)
+                                         collate_fn=as_it_is, prefetch_factor=2 if workers else None)
     progress = data.Progress(f"evaluating {len(models)} models in {len(conditions)} conditions", len(dataset))
     for asked in loader:
         progress.update()
@@ -242,7 +247,11 @@ def load_models(ckpts, backbone, checkpoint, device):
     if len(named) > 1:
         raise ValueError(f"--ckpt and --backbone name different backbones ({', '.join(sorted(named))}): one at a time")
     backbone = named.pop() if named else "vit_t"
-    base = build_sam(backbone, checkpoint or find_checkpoint(backbone)).to(device)
+    sizes = {content["image_size"] for content in contents.values()}
+    if len(sizes) > 1:
+        raise ValueError(f"--ckpt names adapters for different image sizes ({', '.join(map(str, sorted(sizes)))}): one "
+                         "at a time")
+    base = build_sam(backbone, checkpoint or find_checkpoint(backbone), *sizes).to(device)
     frozen = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
     models = {"SAM": base}
     for path, content in contents.items():

@@ -344,8 +344,8 @@ def save_adapter(sam, path, **meta):
     for key, value in weights.items():
         if not value.isfinite().all():
             raise ValueError(f"not saved: {key} holds NaN or infinite values")
-    content = dict(format="gara-sam adapter 1", backbone=sam.backbone, base=fingerprint(sam), **sam.adapter,
-                   weights=weights, meta=meta)
+    content = dict(format="gara-sam adapter 1", backbone=sam.backbone, image_size=sam.image_encoder.img_size,
+                   base=fingerprint(sam), **sam.adapter, weights=weights, meta=meta)
     try:
         torch.save(content, f"{path}.part")
         os.replace(f"{path}.part", path)
@@ -367,7 +367,8 @@ def read_adapter(path):
         sam_file = isinstance(content, dict) and "image_encoder.pos_embed" in content
         raise ValueError(f"{path} is not an adapter file of this project"
                          + (" but a SAM checkpoint: give it with --checkpoint" if sam_file else ""))
-    for key, kind in dict(backbone=str, base=str, method=str, options=dict, weights=dict, meta=dict).items():
+    parts = dict(backbone=str, image_size=int, base=str, method=str, options=dict, weights=dict, meta=dict)
+    for key, kind in parts.items():
         if not isinstance(content.get(key), kind):
             raise ValueError(f"{path} is damaged: its entry {key!r} is missing or no {kind.__name__}")
     return content
@@ -383,7 +384,10 @@ def load_adapter(sam, path):
     if content["backbone"] != sam.backbone:
         raise ValueError(f"{path} adapts {content['backbone']}, this SAM is {sam.backbone}: "
                          f"say --backbone {content['backbone']}")
-    here = fingerprint(sam)
+    here, size = fingerprint(sam), sam.image_encoder.img_size
+    if content["image_size"] != size:
+        raise ValueError(f"{path} was trained at image size {content['image_size']}, this SAM takes {size}: "
+                         f"build_sam(..., image_size={content['image_size']})")
     if content["base"] != here:
         raise ValueError(f"{path} was trained on other {sam.backbone} weights than these (fingerprint "
                          f"{content['base']}, here {here}): give the checkpoint it was trained on with --checkpoint")

@@ -366,10 +366,10 @@ class Sam(nn.Module):
     mask_threshold = 0.0  # a pixel belongs to the mask where its logit is above this
     image_format = "RGB"  # what `preprocess` takes
 
-    def __init__(self, backbone):
+    def __init__(self, backbone, image_size=None):
         super().__init__()
         self.backbone = backbone
-        sizes = dict(BACKBONES[backbone])
+        sizes = BACKBONES[backbone] | ({"image_size": image_size} if image_size else {})
         mlp = sizes.pop("mlp")
         self.image_encoder = ImageEncoder(**sizes)
         self.prompt_encoder = PromptEncoder(sizes["C"], sizes["image_size"] // sizes["patch"], sizes["image_size"])
@@ -426,19 +426,35 @@ class Sam(nn.Module):
         return outputs
 
 
-def build_sam(backbone="vit_b", checkpoint=None):
+def build_sam(backbone="vit_b", checkpoint=None, image_size=None):
     """A `Sam` in eval mode with the weights in `checkpoint` (a path), or random ones.
 
-    Raises ValueError for an unknown backbone, FileNotFoundError for a missing file, CheckpointError for a wrong one.
+    image_size: the side in pixels of the square that the model sees, if not its own (1024; vit_t 128): a multiple of
+    its patch. Less is faster and coarser. Raises ValueError for an unknown backbone or a size that does not fit,
+    FileNotFoundError for a missing file, CheckpointError for a wrong one.
     """
     if backbone not in BACKBONES:
         raise ValueError(f"unknown backbone {backbone!r}: choose one of {', '.join(BACKBONES)}")
-    if checkpoint is None:
-        return Sam(backbone).eval()
-    weights = read_checkpoint(checkpoint, backbone)
-    sam = Sam(backbone)
-    sam.load_state_dict(weights, strict=True)
+    patch = BACKBONES[backbone]["patch"]
+    if image_size is not None and not (2 * patch <= image_size <= 4096 and image_size % patch == 0):
+        raise ValueError(f"image size {image_size} does not fit {backbone}: a multiple of {patch}, {2 * patch} to 4096")
+    sam = Sam(backbone, image_size)
+    if checkpoint is not None:
+        sam.load_state_dict(resize_positions(read_checkpoint(checkpoint, backbone), sam.state_dict()), strict=True)
     return sam.eval()
+
+
+def resize_positions(weights, like):
+    """Weights whose positions, absolute and relative, are interpolated to the shapes in `like`, where these differ."""
+    weights = dict(weights)
+    for key, value in weights.items():
+        shape = like[key].shape
+        if value.shape != shape and value.dim() == 4:  # pos_embed (1, H, W, d)
+            wide = F.interpolate(value.float().permute(0, 3, 1, 2), shape[1:3], mode="bicubic", antialias=True)
+            weights[key] = wide.permute(0, 2, 3, 1)
+        elif value.shape != shape:  # rel_pos (2 * size - 1, c) of the layers that attend over the whole picture
+            weights[key] = F.interpolate(value.float().T[None], shape[0], mode="linear")[0].T
+    return weights
 
 
 sam_model_registry = {name: functools.partial(build_sam, name) for name in BACKBONES}  # the official notebooks' entry
@@ -662,7 +678,7 @@ def draw_overlay(image, mask, points, labels, box):
 def main(argv=None):
     """Segment one picture from the command line; returns the exit code. A user's mistake ends in one line."""
     from data import DatasetError, read_image, save_png  # here, so that the model itself needs no other file
-    from gara import load_adapter
+    from gara import load_adapter, read_adapter
 
     def numbers(text):
         return tuple(float(value) for value in text.split(","))
@@ -698,7 +714,8 @@ def main(argv=None):
                 raise ValueError(f"{x:g},{y:g} lies outside {args.picture}, which is {width} wide and {height} high")
         if args.box and not (args.box[0] < args.box[2] and args.box[1] < args.box[3]):
             raise ValueError(f"--box {','.join(f'{v:g}' for v in args.box)}: needs x0 < x1 and y0 < y1")
-        sam = build_sam(args.backbone, args.checkpoint or find_checkpoint(args.backbone)).to(args.device)
+        size = read_adapter(args.adapter)["image_size"] if args.adapter else None
+        sam = build_sam(args.backbone, args.checkpoint or find_checkpoint(args.backbone), size).to(args.device)
         if args.adapter:
             load_adapter(sam, args.adapter)
         predictor = SamPredictor(sam)

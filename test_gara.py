@@ -336,6 +336,31 @@ def test_scaling_of_coordinates(size, scaled, xy, expected):
         assert str(out.dtype).endswith("float32") and np.allclose(out[0, 0], expected, rtol=1e-6)
     assert np.allclose(resize.apply_boxes(np.array([[*xy, *xy]]), size), [[*expected, *expected]], rtol=1e-6)
 
+def test_positions_are_interpolated_to_another_image_size(tmp_path):
+    """Absolute positions that are a plane stay one, relative ones that are a line stay one; the rest is untouched."""
+    model = tiny()
+    encoder, line = model.image_encoder, torch.linspace(-1, 1, 31)[:, None].expand(-1, 32)
+    with torch.no_grad():
+        y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+        encoder.pos_embed.copy_((y + 3 * x)[None, ..., None].expand_as(encoder.pos_embed))
+        encoder.blocks[1].attn.rel_pos_h.copy_(line)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    small = sam.build_sam("vit_t", tmp_path / "w.pth", image_size=64)
+    assert small.image_encoder.pos_embed.shape == (1, 8, 8, 160)
+    middle = small.image_encoder.pos_embed[0, 2:6, 2:6, 0]  # away from the rim, where the filter lacks neighbours
+    expected = (2 * y + 0.5 + 3 * (2 * x + 0.5))[2:6, 2:6]  # each new token lies between two old ones
+    assert torch.allclose(middle, expected, atol=1e-3)
+    table = small.image_encoder.blocks[1].attn.rel_pos_h[:, 0]
+    assert table.shape == (15,) and torch.allclose(table.diff()[2:-2], torch.full((10,), 2 / 30 * 31 / 15), atol=1e-5)
+    assert torch.equal(small.image_encoder.blocks[0].attn.rel_pos_h, encoder.blocks[0].attn.rel_pos_h)
+    predictor = sam.SamPredictor(small)
+    predictor.set_image(scene())
+    masks, _, low_res = predictor.predict(np.array([[50, 60]]), [1])
+    assert masks.shape == (3, 120, 160) and low_res.shape == (3, 32, 32)
+    for size in (60, 8, 8192):
+        with refused("image size", str(size)):
+            sam.build_sam("vit_t", image_size=size)
+
 def test_gradients_flow_except_in_the_predictor(predictor):
     model = predictor.model
     points, mask = (torch.tensor([[[9., 9]]]), torch.tensor([[1]])), torch.randn(1, 1, 64, 64)
@@ -737,6 +762,7 @@ A2 = "image_encoder.blocks.2.attn.qkv.A"
     (lambda c: c["weights"][A2][1, 2, :3].fill_(math.nan), [A2]), (lambda c: c.update(method="dora"), []),
     (lambda c: c["options"].update(rank_low=0), []), (lambda c: c["options"].update(rank_low=3), []),
     (lambda c: c.update(backbone="vit_b"), ["vit_b", "vit_t"]), (lambda c: c.update(weights=3), ["weights"]),
+    (lambda c: c.update(image_size=64), ["image size 64", "128"]), (lambda c: c.pop("image_size"), ["image_size"]),
     (lambda c: c.update(base="0" * 16), ["other vit_t weights"]), (lambda c: c.pop("options"), ["options"]),
     (lambda c: c.update(format="2"), ["not an adapter file"]), (lambda c: c.clear(), ["not an adapter file"]),
     (lambda c: c.update(tiny_weights(), format=0), ["SAM checkpoint"]),
@@ -1208,6 +1234,23 @@ def test_demo_scenes():
     assert 1 <= min(counts) and max(counts) <= 6 and np.mean(counts) > 2.5
     assert all(map(np.array_equal, scenes[7], data.demo_scene(7))) and not np.array_equal(scenes[7][0], scenes[8][0])
     assert max(data.demo_scene(3, size=64)[0].shape) == 64
+
+def test_patterned_objects():
+    """Bold patterns spread an object's colours; without them the scenes are those that the tiny SAM was made on."""
+    spread = {share: np.mean([image[mask].std(0).mean() for image, masks in (
+        data.demo_scene(seed, patterned=share) for seed in range(30)) for mask in masks]) for share in (0, 0.5, 1)}
+    assert spread[0] + 10 < spread[0.5] < spread[1] - 10
+    assert zlib.crc32(data.demo_scene(3, patterned=0)[1].tobytes()) == 2144091347
+
+def test_conditions_with_a_strength(tmp_path):
+    sample = data.load_dataset(robustseg(tmp_path, {"a": (picture(64, 80), square(64, 80))}), "test")[0]
+    clear, fog = (sample.image(condition).astype(int) for condition in ("clear", "fog"))
+    assert np.array_equal(sample.image("fog@1"), fog)
+    assert 2 < abs(sample.image("fog@0.3") - clear).mean() < abs(fog - clear).mean() - 2
+    assert abs(sample.image("fog@0") - clear).mean() < 4  # the JPEG alone
+    for condition in ("clear@1", "fog@x", "fog@nan", "fog@-1", "fog@11", "mist"):
+        with refused(condition, kind=data.DatasetError):
+            sample.image(condition)
 
 def test_make_demo_writes_a_dataset_or_nothing(tmp_path):
     root = tmp_path / "demo"
@@ -2072,6 +2115,21 @@ def test_every_method_trains(demo, tmp_path, method, options, expected):
     assert run_train(demo, tmp_path, "--steps", 2, "--method", method, *options) == 0
     content = gara.read_adapter(tmp_path / f"{method}.pt")
     assert content["method"] == method and content["options"] == expected
+
+def test_a_smaller_model_input_for_a_try(demo, tmp_path, capsys):
+    """The adapter says at which size it was trained, and evaluation and sam.py take that size by themselves."""
+    assert run_train(demo, tmp_path, "--steps", 1, "--image-size", 64) == 0
+    assert gara.read_adapter(tmp_path / "gara.pt")["image_size"] == 64
+    assert examples_of(data.load_dataset(demo / "demo", "train"), size=64)[0]["targets"].shape[1:] == (32, 32)
+    files = ["--checkpoint", demo / "w.pth", "--device", "cpu"]
+    assert run_cli(evaluate.main, "--ckpt", tmp_path / "gara.pt", "--data", demo / "demo", "--no-corrupt", "--limit", 1,
+                   "--workers", 0, "--out", tmp_path / "results", *files) == 0
+    assert run_cli(sam.main, next((demo / "demo" / "test" / "clear").iterdir()), "--box", "20,20,60,60", "--adapter",
+                   tmp_path / "gara.pt", "--backbone", "vit_t", "--out", tmp_path / "o.png", *files) == 0
+    capsys.readouterr()
+    for wrong, words in ((["--image-size", 60], "multiple of 8"),
+                         (["--image-size", 64, "--method", "full"], "own size")):
+        assert run_train(demo, tmp_path / "no", "--steps", 1, *wrong) == 2 and one_error(capsys, words)
 
 @pytest.mark.parametrize("method", ["lora", "gara"])
 def test_one_picture_can_be_learned(tmp_path, demo, method):

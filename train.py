@@ -66,12 +66,12 @@ class Examples(torch.utils.data.Dataset):
     A bad sample is replaced by the next one of the epoch; its error travels along in `bad`, for the main process.
     """
 
-    def __init__(self, samples, backbone, count, seed, masks_per_image, corrupt, augment, clear=None):
+    def __init__(self, samples, backbone, count, seed, masks_per_image, corrupt, augment, clear=None, size=None):
         self.samples, self.count, self.seed, self.masks_per_image = samples, count, seed, masks_per_image
         self.clear = clear  # the chance of a clear picture; None: as of each corruption, 1 in 16
         self.conditions = data.CONDITIONS if corrupt else ("clear",)
         self.augment = augment
-        self.size, self.patch = BACKBONES[backbone]["image_size"], BACKBONES[backbone]["patch"]
+        self.size, self.patch = size or BACKBONES[backbone]["image_size"], BACKBONES[backbone]["patch"]
 
     def __len__(self):
         return self.count
@@ -298,7 +298,7 @@ def build_model(args):
     torch.manual_seed(args.seed)
     if args.pretrain:
         return build_sam(args.backbone, args.checkpoint).to(args.device)
-    sam = build_sam(args.backbone, args.checkpoint or find_checkpoint(args.backbone))
+    sam = build_sam(args.backbone, args.checkpoint or find_checkpoint(args.backbone), args.image_size)
     if args.method == "full":
         sam.requires_grad_(False).image_encoder.requires_grad_(True)
         return sam.to(args.device)
@@ -602,7 +602,7 @@ def steps(run, train_set, val_set, interrupt):
     """Train from run.step to the end, or until interrupted."""
     args = run.args
     examples = Examples(train_set, args.backbone, args.steps * args.batch_size, args.seed, args.masks_per_image,
-                        not (args.no_corrupt or args.pretrain), args.pretrain, args.clear)
+                        not (args.no_corrupt or args.pretrain), args.pretrain, args.clear, args.image_size)
     first, started, count = run.step, time.monotonic(), 0
     interval, waited, asked, written = started, 0.0, started, started
     for share in batches(examples, run.step, args):
@@ -758,12 +758,14 @@ def parse(argv):
     add("--no-corrupt", action="store_true", help="use the pictures as they are")
     add("--pretrain", action="store_true", help="train the whole model on clear pictures, from scratch or --checkpoint")
     add("--limit", type=int, help="only this many pictures of each training set, spread over it: for a try")
+    add("--image-size", type=int, metavar="PIXELS", help="side of the square that the model sees (default 1024; vit_t "
+        "128): a smaller one makes a quick try, its positions interpolated")
     add("--checkpointing", action="store_true", help="compute each block twice to save its memory")
     add("--compile", action="store_true", help="torch.compile the encoder")
     add("--out", help="folder of the run (default runs/BACKBONE_METHOD)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
-    add("--amp", choices=("auto", "off", "bf16"), default="auto", help="auto: bf16 on CUDA and on CPUs with AMX")
+    add("--amp", choices=("auto", "off", "bf16"), default="auto", help="auto: bf16 where the CPU or GPU computes in it")
     add("--workers", type=int, help="loader processes (default: half the cores, at most 8)")
     add("--log-every", type=int, default=20, help="steps")
     add("--save-minutes", type=float, default=10, help="write last.pt at least this often (default 10)")
@@ -780,6 +782,8 @@ def parse(argv):
             setattr(args, name, value)
     if args.pretrain and args.prompts:
         parser.error("--pretrain varies its pictures, so it cannot use --prompts")
+    if args.image_size and (args.pretrain or args.method == "full"):
+        parser.error("--image-size is for adapters: whole models are trained at their own size")
     if args.pretrain and args.batch_size * args.masks_per_image < 2:
         parser.error("--pretrain needs two objects a step: raise --batch-size or --masks-per-image")
     args.workers = min(8, (os.cpu_count() or 2) // 2) if args.workers is None else args.workers
@@ -799,7 +803,8 @@ def parse(argv):
         parser.error(f"--device: {str(error).splitlines()[0]}")
     if args.amp == "auto":
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
-        args.amp = "bf16" if args.device.type == "cuda" or args.device.type == "cpu" and cpu.get("amx_bf16") else "off"
+        cpu = args.device.type == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+        args.amp = "bf16" if args.device.type == "cuda" or cpu else "off"
     return args
 
 
