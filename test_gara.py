@@ -2347,7 +2347,7 @@ def test_several_datasets_are_measured_one_by_one_and_as_one(demo, tmp_path, cap
     options = "--device cpu --workers 0 --checkpoint".split() + [demo / "w.pth"]
     assert run_cli(evaluate.main, "--data", *roots, *options, "--split", "val", "--no-corrupt", "--out", tmp_path) == 0
     results = json.load(open(tmp_path / "results.json"))
-    first, second, union = (results["means_by_data"][key]["SAM"]["box clear"][0] for key in (*map(str, roots), "all"))
+    first, second, union = (part["means"]["SAM"]["box clear"][0] for part in (*results["by_data"].values(), results))
     counts = [sum(len(row["indices"]) for row in results["images"] if row["data"] == str(root)) for root in roots]
     assert union == results["means"]["SAM"]["box clear"][0]
     assert union == pytest.approx(np.average([first, second], weights=counts))
@@ -2449,7 +2449,7 @@ def test_scores_of_answers_that_are_known(demo):
     columns = np.arange(128) % 2 == 0
     answers = dict(right=lambda m: m, empty=lambda m: m & False, half=lambda m: m & columns[:m.shape[1]])
     models = {name: Oracle(dataset, answer) for name, answer in answers.items()}
-    images, _ = evaluate.evaluate(models, dataset, conditions, batch_size=2)
+    images = list(evaluate.evaluate(models, dataset, conditions, batch_size=2))
     assert [image["name"] for image in images] == [sample.name for sample in dataset]
     for image, sample in zip(images, dataset):
         masks = sample.masks()
@@ -2458,16 +2458,63 @@ def test_scores_of_answers_that_are_known(demo):
         for name, condition, prompt in itertools.product(models, conditions, evaluate.PROMPTS):
             assert np.allclose(image["scores"][name][condition][prompt], expected[name], atol=1e-6)
 
-def test_tables_are_means_over_masks():
+def test_tables_are_means_over_masks_or_over_images():
     """Three masks on one picture and one on another: the first picture weighs three times as much."""
     first = {c: {"point": [[0.1 * k, 0.5]] * 3, "box": [[0.0, 1.0]] * 3} for k, c in enumerate(data.CONDITIONS)}
     second = {c: {"point": [[1.0, 0.7]], "box": [[1.0, 0.2]]} for c in data.CONDITIONS}
-    images = [dict(scores=dict(A=first)), dict(scores=dict(A=second))]
-    means = evaluate.tables(images, ["A"], data.CONDITIONS)["A"]
+    images = [dict(indices=[1, 2, 3], scores=dict(A=first)), dict(indices=[1], scores=dict(A=second))]
+    means = evaluate.summarize(images, ["A"], data.CONDITIONS)["means"]["A"]
     assert means["point clear"] == pytest.approx([0.25, 0.55]) and means["box fog"] == pytest.approx([0.25, 0.8])
     assert means["point snow"] == pytest.approx([0.325, 0.55])  # condition 1 of 15
     assert means["point degraded"] == pytest.approx([0.25 + 0.075 * 8, 0.55])  # mean of 1 to 15
-    assert evaluate.tables(images, ["A"], ("clear",))["A"].keys() == {"point clear", "box clear"}
+    alike = evaluate.summarize(images, ["A"], data.CONDITIONS, "images")["means"]["A"]
+    assert alike["point clear"] == pytest.approx([0.5, 0.6]) and alike["point snow"] == pytest.approx([0.55, 0.6])
+    assert evaluate.summarize(images, ["A"], ("clear",))["means"]["A"].keys() == {"point clear", "box clear"}
+
+def made_up_images(count, models, conditions=("clear", "fog", "fog@2"), seed=0):
+    rng = np.random.default_rng(seed)
+    return [dict(indices=list(range(masks)), scores={model: {condition: {prompt: rng.random((masks, 2)).tolist() for
+                 prompt in evaluate.PROMPTS} for condition in conditions} for model in models})
+            for masks in rng.integers(1, 4, count)]
+
+def test_intervals_are_those_of_the_normal_distribution_when_images_are_many():
+    """The ratio of sums, by the delta method: its variance is that of (score sum - mean x masks) / mean masks."""
+    images = made_up_images(400, "AB")
+    found = evaluate.summarize(images, "AB", ("clear", "fog", "fog@2"))
+
+    def residuals(model, condition, prompt, metric):
+        sums = [np.sum(image["scores"][model][condition][prompt], axis=0)[metric] for image in images]
+        masks = [len(image["indices"]) for image in images]
+        mean = np.sum(sums) / np.sum(masks)
+        return mean, (sums - mean * np.array(masks)) / np.mean(masks)
+
+    for condition, prompt, metric in itertools.product(("clear", "fog@2"), evaluate.PROMPTS, (0, 1)):
+        column, parts = f"{prompt} {condition}", [residuals(model, condition, prompt, metric) for model in "AB"]
+        for model, (mean, rest) in zip("AB", parts):
+            low, high = found["intervals"][model][column][metric]
+            assert found["means"][model][column][metric] == pytest.approx(mean)
+            assert high - low == pytest.approx(2 * 1.96 * rest.std() / 20, rel=0.1)
+            assert (low + high) / 2 == pytest.approx(mean, abs=0.005)
+        (a, first), (b, second) = parts
+        mean, low, high = evaluate.difference(found, "B", "A", column, metric)
+        assert mean == pytest.approx(b - a)
+        assert high - low == pytest.approx(2 * 1.96 * (second - first).std() / 20, rel=0.1)
+        assert evaluate.difference(found, "A", "B", column, metric) == (-mean, -high, -low)
+    assert found["means"]["A"]["point degraded"] == pytest.approx(found["means"]["A"]["point fog"])  # not of fog@2
+    assert found == evaluate.summarize(images, "AB", ("clear", "fog", "fog@2"))  # the same draws each time
+
+def test_paired_differences_know_less_noise_and_one_image_knows_nothing():
+    images = made_up_images(30, "A", ("clear",))
+    for image in images:  # B is better by 0.01 in every mask
+        image["scores"]["B"] = {"clear": {prompt: [[iou + 0.01, dice] for iou, dice in pairs] for prompt, pairs in
+                                          image["scores"]["A"]["clear"].items()}}
+    found = evaluate.summarize(images, "AB", ("clear",))
+    low, high = found["intervals"]["A"]["point clear"][0]
+    assert high - low > 0.1 and found["differences"]["B"]["A"]["point clear"][0] == pytest.approx([0.01] * 3)
+    assert found["differences"]["B"]["A"]["box clear"][1] == [0, 0, 0]
+    alone = evaluate.summarize(images[:1], "AB", ("clear",))
+    assert alone["intervals"]["A"]["point clear"] == [[0, 1], [0, 1]]
+    assert alone["differences"]["B"]["A"]["point clear"][0][1:] == [-1, 1]
 
 SOME = ("clear", "ISO_noise", "elastic_transform")
 
@@ -2478,15 +2525,15 @@ def flat_scores(images):
 
 def test_scores_do_not_depend_on_how_they_are_computed(demo):
     dataset, models = data.load_dataset(demo / "demo", "test"), {"SAM": tiny()}
-    scores = flat_scores(evaluate.evaluate(models, dataset, SOME)[0])
+    scores = flat_scores(evaluate.evaluate(models, dataset, SOME))
     assert 0 < scores.mean() < 1
     reverse = data.Dataset(dataset.root, "test", dataset.kind, dataset.samples[::-1])
-    assert np.array_equal(flat_scores(evaluate.evaluate(models, reverse, SOME, workers=1)[0]), scores)
+    assert np.array_equal(flat_scores(evaluate.evaluate(models, reverse, SOME, workers=1)), scores)
     alone = data.Dataset(dataset.root, "test", dataset.kind, dataset.samples[1:2])
-    images = evaluate.evaluate(models, alone, SOME)[0] + evaluate.evaluate(models, dataset, SOME)[0][::2]
+    images = [*evaluate.evaluate(models, alone, SOME), *evaluate.evaluate(models, dataset, SOME, todo=[0, 2])]
     assert np.array_equal(flat_scores(images), scores)
     for batch_size in (1, 2):  # float sums may turn over a pixel on the outline
-        assert np.allclose(flat_scores(evaluate.evaluate(models, dataset, SOME, batch_size)[0]), scores, atol=5e-3)
+        assert np.allclose(flat_scores(evaluate.evaluate(models, dataset, SOME, batch_size)), scores, atol=5e-3)
 
 def test_evaluator_and_predictor_give_the_same_masks(demo, monkeypatch):
     monkeypatch.setattr(evaluate, "DECODED_AT_ONCE", 5)  # prompts of several conditions in one call, and torn apart
@@ -2512,14 +2559,15 @@ def run_evaluate(demo, out, *more):
 def test_evaluate_command_line(demo, finished, tmp_path, capsys):
     assert run_evaluate(demo, tmp_path, "--ckpt", finished[0] / "last.pt") == 0
     text, results = capsys.readouterr().out, json.load(open(tmp_path / "results.json"))
-    assert sorted(os.listdir(tmp_path)) == ["results.json", "samples.png"] and list(results["means"]) == ["SAM", "GaRA"]
+    assert sorted(os.listdir(tmp_path)) == ["corruptions.png", "gates_GaRA.png", "results.csv", "results.json",
+                                            "samples.png"] and list(results["means"]) == ["SAM", "GaRA"]
     assert tuple(results["conditions"]) == data.CONDITIONS and results["skipped"] == []
     for image, sample in zip(results["images"], data.load_dataset(demo / "demo", "test"), strict=True):
         assert image["name"] == sample.name and tuple(image["indices"]) == sample.indices
     count = sum(len(image["indices"]) for image in results["images"])
     for model, means in results["means"].items():
         row = next(line for line in text.splitlines() if line.startswith(f"| {model} |"))
-        printed = iter(map(float, row.split("|")[2:-1]))
+        printed = iter(float(cell.strip(" *").split()[0]) for cell in row.split("|")[2:-1])
         for prompt in evaluate.PROMPTS:
             by_condition = {}
             for condition in data.CONDITIONS:
@@ -2531,6 +2579,17 @@ def test_evaluate_command_line(demo, finished, tmp_path, capsys):
             assert means[f"{prompt} degraded"] == pytest.approx(degraded.tolist(), abs=1e-9)
             for value in (*degraded, *clear):
                 assert next(printed) == pytest.approx(100 * value, abs=0.051)
+    lines = [line.split(",") for line in open(tmp_path / "results.csv").read().splitlines()]
+    assert lines[0] == "data model prompt condition metric mean low high".split() and len(lines) == 1 + 2 * 2 * 17 * 2
+    for _, model, prompt, condition, metric, mean, low, high in lines[1:]:
+        expected = results["means"][model][f"{prompt} {condition}"][metric == "Dice"]
+        assert float(mean) == pytest.approx(expected, abs=1e-6) and float(low) <= float(mean) <= float(high)
+    for image, sample in zip(results["images"], data.load_dataset(demo / "demo", "test"), strict=True):
+        assert image["areas"] == sample.masks().sum((1, 2)).tolist()
+        model = evaluate.load_models([finished[0] / "last.pt"], None, demo / "w.pth", "cpu")[0]["GaRA"]
+        sam.SamPredictor(model).set_image(sample.image("fog"))
+        for (space, code), layer in zip(image["gates"]["GaRA"]["fog"], gara.gates(model), strict=True):
+            assert space == layer["space"][0] and code == np.packbits(layer["vector"][0].numpy()).tobytes().hex()
     with Image.open(tmp_path / "samples.png") as picture:  # input, truth and two models; a row for each picture
         assert picture.format == "PNG" and picture.width > 4 * 200 and picture.height > 3 * 200
 
@@ -2541,12 +2600,12 @@ def test_plain_sam_is_measured_alone(demo, tmp_path, capsys):
     assert len(results["images"]) == 2 and "degraded" not in capsys.readouterr().out
 
 def test_adapters_share_the_frozen_weights(demo, tmp_path):
-    trained = {"GaRA": tiny("gara"), "LoRA": tiny("lora")}
+    trained = {"GaRA": tiny("gara"), "LoRA 4": tiny("lora")}
     for model in trained.values():
         gara.save_adapter(model, tmp_path / f"{model.adapter['method']}.pt")
-    models, backbone = evaluate.load_models([str(tmp_path / "gara.pt"), "sam", str(tmp_path / "lora.pt")], None,
-                                            str(demo / "w.pth"), torch.device("cpu"))
-    assert list(models) == ["SAM", "GaRA", "LoRA"] and backbone == "vit_t"
+    models, about, backbone = evaluate.load_models([str(tmp_path / "gara.pt"), "sam", str(tmp_path / "lora.pt")], None,
+                                                   str(demo / "w.pth"), torch.device("cpu"))
+    assert list(models) == list(about) == ["SAM", "GaRA", "LoRA 4"] and backbone == "vit_t"
     plain, x = dict(models["SAM"].state_dict()), pictures(0, 1)
     for name in trained:
         state = models[name].state_dict()
@@ -2571,11 +2630,280 @@ def test_bad_files_are_left_out_of_the_evaluation(demo, tmp_path, capsys):
     (["--ckpt", "a.pt", "--backbone", "vit_b"], "vit_b"), (["--checkpoint", "cut.pth"], "cut.pth"),
     (["--checkpoint", "none.pth"], "none.pth"), (["--limit", 0], "--limit"),
     (["--device", "nonsense"], "nonsense"), (["--device", "cuda:99"], ""), (["--batch-size", 0], "--batch-size"),
-    (["--workers", -1], ""), (["--what"], "--what"), (["--out", "w.pth"], "w.pth")])
+    (["--workers", -1], ""), (["--what"], "--what"), (["--out", "w.pth"], "w.pth"), (["--paper", "imagenet"], "lvis"),
+    (["--strengths", "-1"], "--strengths"), (["--strengths", 2, "--no-corrupt"], "--strengths"),
+    (["--predictor", "none.py:x"], "none.py"), (["--predictor", "w.pth:x"], "FILE.py:NAME"),
+    (["--from", "results.json"], "--data"), (["--prompts", "w.pth"], "w.pth")])
 def test_mistakes_of_evaluate_end_in_one_line(mistakes, capsys, arguments, words):
     before = everything(mistakes)
     assert run_evaluate(mistakes, "out", *arguments) == 2
     assert one_error(capsys, words) and everything(mistakes) == before
+
+PREDICTORS = """
+import data, numpy as np, torch
+
+def known(answer):
+    class Known:
+        def set_image(self, image):
+            self.image = image
+        def predict(self, point_coords=None, point_labels=None, box=None, mask_input=None, multimask_output=True):
+            assert not multimask_output and (point_labels is None) == (point_coords is None) == (box is not None)
+            return answer(self.image, point_coords, box), None, None
+    return Known
+
+ASKED = {prompt.tobytes(): mask for sample in data.load_dataset("demo", "test") for mask, points, box in
+         zip(sample.masks(), *sample.prompts()) for prompt in (points, box)}
+truth = known(lambda image, points, box: ASKED[(box if points is None else points).tobytes()][None])
+nonsense = known(lambda image, points, box: np.zeros((1, *image.shape[:2]), bool))()
+small = known(lambda image, points, box: np.zeros((1, 9, 9), bool))
+broken, number = (lambda: 1 / 0), 7
+"""
+
+def test_other_predictors_by_plug(demo, tmp_path, monkeypatch, capsys):
+    """One that knows the truth scores 1, one that finds nothing 0, whatever the condition."""
+    shutil.copytree(demo / "demo", tmp_path / "demo")
+    shutil.copy(demo / "w.pth", tmp_path)
+    (tmp_path / "mine.py").write_text(PREDICTORS)
+    monkeypatch.chdir(tmp_path)
+    assert run_evaluate(tmp_path, "out", "--predictor", "mine.py:truth", "mine.py:nonsense", "--costs") == 0
+    results, text = json.load(open("out/results.json")), capsys.readouterr().out
+    assert list(results["means"]) == ["SAM", "truth", "nonsense"]
+    for condition in results["means"]["truth"]:
+        assert results["means"]["truth"][condition] == results["intervals"]["truth"][condition][0] == [1, 1]
+        assert results["means"]["nonsense"][condition] == [0, 0]
+    assert all(re.search(line, text, re.M) for line in (r"^\| truth - SAM \| \+\d", r"^\| truth - nonsense \| \+100.0 \["))
+    assert text.count("**100.0 ±0.0**") == 8 and re.search(r"^\| nonsense \| - \| - \| - \| [\d.]+ \|$", text, re.M)
+    for name, word in (("small", "(1, 9, 9)"), ("broken", "ZeroDivisionError"), ("number", "TypeError"),
+                       ("missing", "missing")):
+        assert run_evaluate(tmp_path, "bad", "--predictor", f"mine.py:{name}", "--limit", 1) == 2
+        assert one_error(capsys, "--predictor", word)
+
+def the_rest(path):
+    """What does not depend on when and where a results.json was made."""
+    results = json.load(open(path / "results.json"))
+    return {key: value for key, value in results.items() if key not in ("seconds", "machine")}
+
+def test_a_killed_evaluation_goes_on_and_two_processes_give_the_same_bits(demo, finished, tmp_path):
+    arguments = [evaluate.__file__, "--data", demo / "demo", "--checkpoint", demo / "w.pth", "--device", "cpu",
+                 "--workers", "0", "--ckpt", finished[0] / "last.pt", "--out"]
+    run = functools.partial(subprocess.run, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    whole = run([sys.executable, *arguments, tmp_path / "whole"])
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen([sys.executable, *arguments, tmp_path / "cut"], stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not any(path.stat().st_size for path in tmp_path.glob("cut/unfinished-*")):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    (partial,) = tmp_path.glob("cut/unfinished-*")
+    rows = partial.read_text().splitlines(keepends=True)
+    assert 1 <= len(rows) < 3 and not (tmp_path / "cut" / "results.json").exists()
+    changed = json.loads(rows[0])
+    changed["scores"]["SAM"]["clear"]["box"][0][0] = 0.5  # a mark: what was measured is not measured again
+    partial.write_text(json.dumps(changed) + "\n" + rows[0][:77])  # a line that the kill cut short
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = run([*launcher, *arguments, tmp_path / "cut"])
+    assert done.returncode == 0, done.stderr
+    one, two = the_rest(tmp_path / "whole"), the_rest(tmp_path / "cut")
+    assert two["images"][0]["scores"]["SAM"]["clear"]["box"][0][0] == 0.5 and "1 of 3" in done.stderr
+    two["images"][0]["scores"]["SAM"]["clear"]["box"][0][0] = one["images"][0]["scores"]["SAM"]["clear"]["box"][0][0]
+    assert one["images"] == two["images"] and done.stdout.count("| GaRA |") == 1  # one voice
+    assert not list(tmp_path.glob("*/unfinished-*"))
+
+def test_stored_scores_of_several_runs_stand_side_by_side(demo, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    gara.save_adapter(tiny("lora"), "lora.pt")
+    shutil.copy(finished[0] / "last.pt", "gara.pt")
+    options = ("--limit", 1, "--strengths", 0.5, 1)
+    for out, files in (("a", ["gara.pt"]), ("b", ["lora.pt"]), ("both", ["gara.pt", "lora.pt"])):
+        assert run_evaluate(demo, out, "--ckpt", *files, *options) == 0
+    both = capsys.readouterr().out.split("conditions; vit_t")[-1].split("\n", 1)[1].split("written")[0]
+    assert run_cli(evaluate.main, "--from", "a/results.json", "b/results.json", "--out", "merged") == 0
+    assert capsys.readouterr().out.split("written")[0] == both.lstrip("\n")
+    assert sorted(os.listdir("merged")) == ["corruptions.png", "gates_GaRA.png", "results.csv", "strength.png",
+                                            "strength_gates_GaRA.png"]
+    for name in os.listdir("merged"):
+        assert open(f"merged/{name}", "rb").read() == open(f"both/{name}", "rb").read()
+    stronger = [f"{name}@0.5" for name in CORRUPTIONS]
+    assert json.load(open("a/results.json"))["conditions"] == [*data.CONDITIONS, *stronger]
+    assert run_evaluate(demo, "c", "--limit", 1) == 0
+    (tmp_path / "text.json").write_text("{")
+    (tmp_path / "old.json").write_text('{"format": "gara-sam results 1"}')
+    capsys.readouterr()
+    for files, word in ((["a/results.json", "c/results.json"], "conditions"), (["text.json"], "text.json"),
+                        (["old.json"], "measure again"), (["none.json"], "none.json")):
+        assert run_cli(evaluate.main, "--from", *files, "--out", "new") == 2 and one_error(capsys, word)
+    assert not os.path.exists("new")
+
+def test_the_papers_figures():
+    """Some as printed. And as Dice = 2 IoU / (1 + IoU) is concave, no mean Dice can be above that of the mean IoU."""
+    rows = dict(evaluate.published("lvis", "vit_b"))
+    assert rows["SAM"]["point degraded"] == [65.0, 76.3] and rows["GaRA"]["box clear"] == [86.1, 91.9]
+    assert rows["LoRA 128"] == {"point degraded": [75.6, 84.6], "point clear": [80.6, 88.1]}
+    assert dict(evaluate.published("msra10k", "vit_l"))["RobustSAM"]["point clear"] == [90.1, 94.4]
+    assert dict(evaluate.published("acdc", "vit_l"))["GaRA, trained on BDD+LIS"] == {"box clear": [88.8, 92.9]}
+    assert evaluate.published("lvis", "vit_t") == evaluate.published(None, "vit_b") == []
+    count = 0
+    for name, backbone in itertools.product(evaluate.PAPER_SETS, ("vit_b", "vit_l")):
+        for _, columns in evaluate.published(name, backbone):
+            for iou, dice in columns.values():
+                count += 1
+                assert iou < dice <= 200 * iou / (100 + iou) + 0.1
+    assert count == 4 * 12 * 4 + 12 * 2 + 2 + 3 + 7 * 2
+
+def test_rows_of_the_picture_are_the_least_middling_and_most_gains(demo):
+    dataset = data.load_dataset(demo / "demo", "test")
+    columns = np.arange(128) % 2 == 0
+    models = {"half": Oracle(dataset, lambda m: m & columns[:m.shape[1]]), "right": Oracle(dataset, lambda m: m)}
+    conditions = ["clear", "fog", "snow", "rain"]
+    rows = [dict(data="demo", **row) for row in evaluate.evaluate(models, dataset, conditions)]
+    rows[1]["scores"]["right"]["snow"]["point"] = [[0, 0]] * len(rows[1]["indices"])  # worse than half
+    args = argparse.Namespace(data=["demo"], amp="off")
+    shown = evaluate.samples_to_show(dict(images=rows, conditions=conditions), models, [dataset], args, rows=3)
+    assert [row["label"].split()[0] for row in shown] == ["least", "middling", "most"]
+    gains = [row["iou"]["right"] - row["iou"]["half"] for row in shown]
+    every = sorted(np.mean(row["scores"]["right"][c]["point"], 0)[0] - np.mean(row["scores"]["half"][c]["point"], 0)[0]
+                   for row in rows for c in conditions[1:])
+    assert gains[0] == every[0] < gains[1] < gains[2] == every[-1] and shown[0]["condition"] == "snow"
+    assert all(np.array_equal(row["predictions"]["right"], row["truth"]) for row in shown)
+    assert len({row["condition"] for row in shown}) == 3
+
+def test_costs(demo, capsys):
+    models, about, _ = evaluate.load_models([], None, demo / "w.pth", torch.device("cpu"))
+    evaluate.costs(models, about, data.load_dataset(demo / "demo", "test"), "off", rounds=2)
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| SAM"))
+    memory, speed = (cell.strip() for cell in row.split("|")[4:6])
+    assert float(speed) > 0 and (sys.platform != "linux" or float(memory.replace(",", "")) > 11)  # its weights alone
+    with evaluate.PeakMemory(torch.device("cpu")) as peak:
+        np.ones(50_000_000, np.uint8).sum()
+    assert sys.platform != "linux" or 40e6 < peak.bytes < 80e6
+
+def made_up_results(models, conditions=data.CONDITIONS, images=4, layers=2, seed=0):
+    """results.json's content from random numbers; ranks 3 and 10, so that gates do not fill their last byte."""
+    rng = np.random.default_rng(seed)
+    results = dict(data=["demo/"], split="test", backbone="vit_t", conditions=list(conditions), images=[], models={
+        name: dict(file=None, method=method, options=options, learnable_parameters=0)
+        for name, (method, options) in models.items()})
+    for k in range(images):
+        masks = 1 + k % 3
+        scores = {name: {condition: {prompt: rng.random((masks, 2)).tolist() for prompt in evaluate.PROMPTS}
+                         for condition in conditions} for name in models}
+        gates = {name: {condition: [[int(rng.integers(2)), np.packbits(rng.random(13) < 0.5).tobytes().hex()]
+                                    for _ in range(layers)] for condition in conditions}
+                 for name, (method, _) in models.items() if method == "gara"}
+        results["images"].append(dict(data="demo/", name=f"{k}", size=[9, 9], indices=list(range(masks)),
+                                      areas=[9] * masks, scores=scores, gates=gates))
+    clean = [condition for condition in conditions if "@" not in condition]
+    results["means"] = {name: {f"{prompt} {condition}": np.mean([pair for image in results["images"] for pair in
+                               image["scores"][name][condition][prompt]], axis=0).tolist()
+                               for prompt, condition in itertools.product(evaluate.PROMPTS, conditions)}
+                        for name in models}
+    for means, prompt in itertools.product(results["means"].values(), evaluate.PROMPTS):
+        if len(clean) > 1:
+            means[f"{prompt} degraded"] = np.mean([means[f"{prompt} {c}"] for c in clean if c != "clear"], 0).tolist()
+    results["intervals"] = {name: {column: [[max(0, x - 0.1), min(1, x + 0.1)] for x in pair]
+                                   for column, pair in means.items()} for name, means in results["means"].items()}
+    return results
+
+def gara_of(temperature):
+    return "gara", dict(rank_low=3, rank_high=10, temperature=temperature)
+
+SAM_ONLY = {"SAM": ("sam", {})}
+LORAS = {f"LoRA {rank}": ("lora", dict(rank=rank)) for rank in (4, 16, 48)}
+STRONGER = (*data.CONDITIONS, *(f"{name}@{x}" for name in data.CONDITIONS[1:] for x in (0.5, 2)))
+
+def test_oracles_against_loops():
+    results = made_up_results(LORAS, images=7)
+    images, names, clean = results["images"], list(LORAS), data.CONDITIONS
+    found = evaluate.oracles(images, names, clean)
+    for prompt in evaluate.PROMPTS:
+        corrupt_iou, instance_iou, by_condition, by_image = {}, {}, [], []
+        for condition in clean:
+            best = max(names, key=lambda name: results["means"][name][f"{prompt} {condition}"][0])
+            corrupt_iou[condition] = results["means"][best][f"{prompt} {condition}"][0]
+            by_condition += [best] * (condition != "clear")
+            ious = []
+            for image in images:
+                best = max(names, key=lambda name: sum(x for x, _ in image["scores"][name][condition][prompt]))
+                ious += [x for x, _ in image["scores"][best][condition][prompt]]
+                by_image += [best] * (condition != "clear")
+            instance_iou[condition] = sum(ious) / len(ious)
+        for oracle, iou, chosen in (("Oracle-Corrupt", corrupt_iou, by_condition),
+                                    ("Oracle-Instance", instance_iou, by_image)):
+            iou["degraded"] = np.mean([iou[condition] for condition in clean[1:]])
+            for column, value in iou.items():
+                assert found[oracle]["iou"][f"{prompt} {column}"] == pytest.approx(value, abs=1e-12)
+            shares = {name: chosen.count(name) / len(chosen) for name in names}
+            assert found[oracle]["chosen"][prompt] == pytest.approx(shares, abs=1e-12)
+    instance, corrupt = (found[oracle]["iou"] for oracle in ("Oracle-Instance", "Oracle-Corrupt"))
+    for column in instance:  # the finer the choice, the better, and none is worse than a fixed rank
+        assert instance[column] >= corrupt[column] >= max(results["means"][name][column][0] for name in names) - 1e-12
+
+def test_oracles_of_one_model_or_of_equal_ones_are_that_model():
+    results = made_up_results({"A": LORAS["LoRA 4"]}, images=3)
+    for image in results["images"]:
+        image["scores"]["B"] = image["scores"]["A"]
+    for names, shares in ((["A"], {"A": 1}), (["B", "A"], {"B": 1, "A": 0})):  # of equal ones, the first
+        for found in evaluate.oracles(results["images"], names, data.CONDITIONS).values():
+            assert found["chosen"] == dict(point=shares, box=shares)
+            assert found["iou"] == pytest.approx({c: pair[0] for c, pair in results["means"]["A"].items()}, abs=1e-12)
+    alone = evaluate.oracles(results["images"], ["A"], ["clear"])["Oracle-Instance"]
+    assert alone["iou"].keys() == {"point clear", "box clear"} and alone["chosen"] == {}
+
+def test_gates_are_unpacked_as_they_were_packed():
+    results = made_up_results({"GaRA": gara_of(0.5)}, images=5, layers=3)
+    vectors, spaces = evaluate.unpack_gates(results, "GaRA", "fog")
+    assert vectors.shape == (5, 3, 13) and vectors.dtype == bool and spaces.shape == (5, 3)
+    for i, layer in itertools.product(range(5), range(3)):
+        space, code = results["images"][i]["gates"]["GaRA"]["fog"][layer]
+        bits = "".join(f"{int(digit, 16):04b}" for digit in code)
+        assert spaces[i, layer] == space
+        assert [int(x) for x in vectors[i, layer]] == [int(x) for x in bits[:13]] and "1" not in bits[13:]
+
+@pytest.mark.parametrize("models, conditions, names", [
+    (SAM_ONLY, ("clear",), []),
+    (SAM_ONLY, data.CONDITIONS, ["corruptions"]),
+    ({**SAM_ONLY, "GaRA (a/b)": gara_of(0.5)}, ("clear",), ["gates_GaRA__a_b_"]),
+    ({**LORAS, "GaRA": gara_of(0.5)}, STRONGER, ["corruptions", "gates_GaRA", "strength", "strength_gates_GaRA"]),
+    ({**LORAS, **{f"a name of {k} letters": gara_of(k / 4) for k in (1, 2, 4)}}, ("clear", "fog", "fog@3"),
+     ["corruptions", *(f"{kind}_a_name_of_{k}_letters" for kind in ("gates", "strength_gates") for k in (1, 2, 4)),
+      "strength", "temperature"])])
+def test_every_figure_that_the_results_allow_is_written(models, conditions, names, tmp_path):
+    results = made_up_results(models, conditions)
+    paths = evaluate.figures(results, tmp_path / "new")
+    assert sorted(paths) == sorted(str(tmp_path / "new" / f"{name}.png") for name in names)
+    for path in paths:
+        with Image.open(path) as figure:
+            pixels = np.array(figure)
+        assert pixels.shape[1] == 1400 and 150 < pixels.shape[0] < 2400 and pixels.shape[2] == 3
+        assert (pixels == 255).all(2).mean() > 0.3 and (pixels < 128).all(2).mean() > 0.002  # a white ground, and ink
+        edges = np.concatenate([pixels[:4].ravel(), pixels[-4:].ravel(), pixels[:, :4].ravel(), pixels[:, -4:].ravel()])
+        assert (edges == 255).all()  # nothing runs over the page
+
+def test_greys_of_the_gates_are_the_share_of_images(tmp_path):
+    results = made_up_results({"GaRA": gara_of(0.5)}, ("clear", "fog"), images=1, layers=1)
+    for vector in (np.zeros(13, bool), np.ones(13, bool)):
+        code = np.packbits(vector).tobytes().hex()
+        results["images"][0]["gates"]["GaRA"] = {condition: [[1, code]] for condition in ("clear", "fog")}
+        with Image.open(evaluate.figure_gates(results, "GaRA", str(tmp_path / "gates.png"))) as figure:
+            row = np.array(figure.convert("L"))[-30, 165:600]  # through the row of fog
+        assert np.median(row) == (0 if vector.any() else 255)
+
+def test_picture_has_a_row_per_sample_and_a_column_per_model(tmp_path):
+    truth = np.zeros((2, 60, 80), bool)
+    truth[0, 5:20, 5:20] = truth[1, 30:50, 40:70] = True
+    row = dict(condition="fog", image=np.full((60, 80, 3), 90, np.uint8), points=np.full((2, 3, 2), 10.0), truth=truth,
+               predictions=dict(A=truth, B=~truth), iou=dict(A=1.0, B=0.0), label="worst gain \N{MINUS SIGN}0.31")
+    path = str(tmp_path / "samples.png")
+    evaluate.picture([row], ["A", "B"], path, "Figure 4")
+    one = np.array(Image.open(path)).astype(int)
+    evaluate.picture([row, {**row, "label": ""}], ["A", "B"], path, "a long title " * 30)
+    two = np.array(Image.open(path))
+    assert one.shape[1] == two.shape[1] == 4 * 250 + 30 and 200 < two.shape[0] - one.shape[0] < 260
+    tiles = [one[93:273, 20 + 250 * c:260 + 250 * c] for c in range(4)]  # input, truth, A, B
+    assert (tiles[1] == tiles[2]).all() and (tiles[1] != tiles[3]).any() and (tiles[0] != tiles[1]).any()
+    assert (np.abs(tiles[1][21:54, 21:54] - (0.35 * 90 + 0.65 * np.array(evaluate.COLOURS[0]))).max()) <= 1.5
 
 SHIPPED = os.path.join(HERE, "assets", "sam_vit_t.pth")
 
