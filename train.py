@@ -25,6 +25,7 @@ import math
 import os
 import pickle
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -456,7 +457,9 @@ class Run:
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             if os.path.exists(path + ".part"):
                 os.remove(path + ".part")
-            raise TrainingError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+            free = shutil.disk_usage(self.args.out).free / 1e6
+            raise TrainingError(f"cannot write {path}, {free:,.0f} MB are free there; what was saved before is kept: "
+                                f"make room and --resume ({str(error).splitlines()[0]})") from error
 
     def resume(self):
         """Go back to the state in last.pt."""
