@@ -545,12 +545,11 @@ class PeakMemory:
             self.bytes = max(0, self.level("VmHWM") - self.before)
 
 
-def costs(models, about, dataset, amp, rounds=5):
+def costs(models, about, sample, amp, rounds=5):
     """Print Table 8: a picture encoded and one box answered, by each model in turn, `rounds` times after a warm-up.
 
     Memory is a model's own weights and what the work takes beyond them, at its peak.
     """
-    sample = dataset[0]
     masks = sample.masks()
     points, boxes = sample.prompts(masks)
     image, device = sample.image(), models["SAM"].device
@@ -1143,7 +1142,8 @@ def measure(args, models, about, backbone):
         os.remove(path)
     picture(samples_to_show(results, models, datasets, args), list(models), os.path.join(args.out, "samples.png"))
     if args.costs:
-        costs(models, about, datasets[0], args.amp)
+        most = max(images, key=lambda image: len(image["indices"]))
+        costs(models, about, datasets[args.data.index(most["data"])][most["at"]], args.amp)
     return results
 
 

@@ -2771,7 +2771,7 @@ def test_rows_of_the_picture_are_the_least_middling_and_most_gains(demo):
 
 def test_costs(demo, capsys):
     models, about, _ = evaluate.load_models([], None, demo / "w.pth", torch.device("cpu"))
-    evaluate.costs(models, about, data.load_dataset(demo / "demo", "test"), "off", rounds=2)
+    evaluate.costs(models, about, data.load_dataset(demo / "demo", "test")[0], "off", rounds=2)
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| SAM"))
     memory, speed = (cell.strip() for cell in row.split("|")[4:6])
     assert float(speed) > 0 and (sys.platform != "linux" or float(memory.replace(",", "")) > 11)  # its weights alone
