@@ -22,8 +22,8 @@ Written to `--out`: results.json (its form: see `measure`), results.csv (the mea
 import argparse
 import copy
 import csv
-import ctypes
 import datetime
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -31,7 +31,6 @@ import io
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 
@@ -42,7 +41,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import gara
-from sam import BACKBONES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint
+from sam import BACKBONES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, race
 
 FORMAT = "gara-sam results 2"
 PROMPTS = ("point", "box")
@@ -511,40 +510,6 @@ def read_results(path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class PeakMemory:
-    """Bytes that a piece of work needs at its peak beyond what was held before: `with PeakMemory(device) as peak`.
-
-    peak.bytes is None where the system does not tell. On a CPU it is resident memory, which Linux alone lets us reset.
-    """
-
-    def __init__(self, device):
-        self.device, self.bytes = device, None
-
-    def level(self, name):
-        with open("/proc/self/status") as file:
-            return 1024 * int(next(line for line in file if line.startswith(name + ":")).split()[1])
-
-    def __enter__(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
-        elif self.device.type == "cpu" and sys.platform == "linux":
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of the C library glibc: gives back what is free
-            if trim:
-                trim(0)
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")  # the peak starts anew
-            self.before = self.level("VmRSS")
-        return self
-
-    def __exit__(self, *_):
-        if self.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before
-        elif self.device.type == "cpu" and sys.platform == "linux":
-            self.bytes = max(0, self.level("VmHWM") - self.before)
-
-
 def costs(models, about, sample, amp, rounds=5):
     """Print Table 8: a picture encoded and one box answered, by each model in turn, `rounds` times after a warm-up.
 
@@ -553,39 +518,24 @@ def costs(models, about, sample, amp, rounds=5):
     masks = sample.masks()
     points, boxes = sample.prompts(masks)
     image, device = sample.image(), models["SAM"].device
-    seconds, memory = ({model: [] for model in models} for _ in range(2))
-
-    def timed(work):
-        started = time.perf_counter()
-        for _ in work:
-            pass
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    for _ in range(rounds + 1):
-        for name, model in models.items():
-            with PeakMemory(device) as peak:
-                seconds[name].append(timed(answers(model, [image], points[:1], boxes[:1], amp=amp)))
-            memory[name].append(peak.bytes)
+    works = {name: functools.partial(lambda model: list(answers(model, [image], points[:1], boxes[:1], amp=amp)), model)
+             for name, model in models.items()}
     rows = []
-    for name, model in models.items():
-        weights = sum(t.numel() * t.element_size() for t in model.state_dict().values()) if is_sam(model) else None
-        peak = max(memory[name][1:]) if weights and memory[name][0] is not None else None
-        size = os.path.getsize(about[name]["file"]) / 1e6 if about[name]["file"] else None
-        learnable = about[name]["learnable_parameters"]
-        rows.append([name, f"{learnable:,}" if learnable is not None else "-", f"{size:.1f}" if size else "-",
-                     f"{(weights + peak) / 1e6:,.0f}" if peak is not None else "-",
-                     f"{1 / statistics.median(seconds[name][1:]):.2f}"])
+    for name, row in race(works, device, rounds).items():
+        weights = is_sam(models[name]) and sum(t.numel() * t.element_size() for t in models[name].state_dict().values())
+        learnable, file = about[name]["learnable_parameters"], about[name]["file"]
+        megabytes = f"{os.path.getsize(file) / 1e6:.1f}" if file else "-"
+        rows.append([name, f"{learnable:,}" if learnable else "-", megabytes] + (
+            ["-", row["failed"]] if "failed" in row else
+            [f"{(weights + row['peak']) / 1e6:,.0f}" if weights and row["peak"] is not None else "-",
+             f"{1 / row['seconds']:.2f}"]))
     print_table(["model", "learnable parameters", "file MB", "peak memory MB", "images/s"], rows)
     print(f"One picture of {image.shape[1]} x {image.shape[0]} at a time, encoded, and one box answered; {device}, amp "
           f"{amp}, {torch.get_num_threads()} threads, median of {rounds} interleaved rounds.")
-    images, ways = [image] * 4, ([], [])
-    predictor = SamPredictor(models["SAM"])
-    for _ in range(2):  # the first round warms up
-        for way, (model, batch) in zip(ways, ((models["SAM"], 4), (predictor, 1))):
-            way.append(timed(answers(model, images, points, boxes, batch, amp)))
-    fast, slow = (way[-1] for way in ways)
+    pictures, predictor = [image] * 4, SamPredictor(models["SAM"])
+    done = race({"here": lambda: list(answers(models["SAM"], pictures, points, boxes, 4, amp)),
+                 "loop": lambda: list(ask(predictor, pictures, points, boxes))}, device, 1)
+    fast, slow = done["here"]["seconds"], done["loop"]["seconds"]
     print(f"All {len(masks)} objects of 4 pictures by points and by boxes: {fast:.2f} s, and {slow:.2f} s by a plain "
           f"loop of SamPredictor.predict, {slow / fast:.1f} times as long.\n")
 
