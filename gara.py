@@ -23,13 +23,13 @@ gates: `gara`; `gara_flat`, one set and no g; `lora`, m = 1; `moe_lora`, one of 
 Letters: N images, n tokens of an image, d width, r components, G weight matrices side by side (3: q, k and v).
 """
 import argparse
+import copy
+import functools
 import hashlib
 import math
 import os
 import pickle
-import statistics
 import sys
-import time
 
 import torch
 import torch.nn as nn
@@ -85,7 +85,7 @@ def merged_weight(weight, A, B, mask, dtype):
     return (weight + update.flatten(1, 2)).to(dtype)
 
 
-FORM = "cheaper"  # or "merged", or "factored": for tests and for timing
+FORM = "cheaper"  # or "merged", or "factored": for tests
 
 
 def choose_merged(merged_cost, factored_cost):
@@ -417,51 +417,91 @@ def load_adapter(sam, path):
 
 # ---------------------------------------------------------------- python gara.py: what it costs
 
+def open_components(sam, count):
+    """Have every layer's gates choose the first `count` components of the higher-rank set, whatever the image."""
+    for adapter in adapters(sam):
+        for G, k in ((adapter.gate.G_0, 1), (adapter.gate.G_h, count)):
+            G[-1].weight.zero_()
+            G[-1].bias.copy_(torch.arange(len(G[-1].bias)) < k).sub_(0.5)
+
+
 def costs(backbone, batch, device, repeats=5):
-    """Print each method's learnable parameters, and the time of one layer's q, k and v: plain, factored and merged."""
-    global FORM
-    from sam import BACKBONES, build_sam
+    """Print learnable parameters, what a layer's q, k and v cost in training, and what GaRA adds to the encoder."""
+    from sam import BACKBONES, build_sam, print_rows, race
+    rows = []
     with torch.device("meta"):
         for method in METHODS:
             sam = attach(build_sam(backbone), method)
             count = sum(p.numel() for p in sam.parameters() if p.requires_grad)
-            options, size = str(sam.adapter["options"]), count * 4 / 1e6
-            print(f"{method:10s} {options:68s} {count:>12,} parameters {size:8.1f} MB")
+            rows.append([method, str(sam.adapter["options"]), f"{count:,}", f"{count * 4 / 1e6:.1f}"])
+    print_rows(["method", "options", "parameters", "MB"], rows)
+    print(f"{backbone}, batch {batch}, {device}, float32, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}, median of {repeats} interleaved rounds\n")
+
+    def memory(row):
+        return "-" if row["peak"] is None else f"{row['peak'] / 1e6:,.0f}"
+
     sizes, options = BACKBONES[backbone], default_options("gara", backbone)
-    n, d, r = (sizes["image_size"] // sizes["patch"]) ** 2, sizes["d"], options["rank_low"] + options["rank_high"]
-    x = torch.randn(batch, n, d, device=device, requires_grad=True)
-    weight, bias = torch.randn(3 * d, d, device=device) * d ** -0.5, torch.randn(3 * d, device=device)
-    A = (torch.randn(3, r, d, device=device) * d ** -0.5).requires_grad_()
-    B = (torch.randn(3, d, r, device=device) * 0.1 * r ** -0.5).requires_grad_()
-    mask = torch.ones(batch, r, device=device, requires_grad=True)
+    n, d, ranks = (sizes["image_size"] // sizes["patch"]) ** 2, sizes["d"], (options["rank_low"], options["rank_high"])
+    x, like = torch.randn(batch, n, d, device=device, requires_grad=True), dict(device=device)
+    weight, bias = torch.randn(3 * d, d, **like) * d ** -0.5, torch.randn(3 * d, **like)
 
-    def layer(form):
-        global FORM
-        FORM = form
-        return F.linear(x, weight, bias) if form == "plain" else gated_linear(x, weight, bias, A, B, mask)
+    def linear():
+        return F.linear(x, weight, bias)
 
-    times = {form: ([], []) for form in ("plain", "factored", "merged")}  # forward; forward and backward
-    for _ in range(repeats + 1):  # interleaved, so that a busy machine disturbs all alike; the first round warms up
-        for form, pair in times.items():
-            for learn, seconds in enumerate(pair):
-                started = time.perf_counter()
-                with torch.set_grad_enabled(bool(learn)):
-                    y = layer(form)
-                if learn:
-                    y.backward(y.detach())
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - started)
-    print(f"\none layer's q, k, v: batch {batch}, {n} tokens, width {d}, rank {r}, float32, {device}, "
-          f"{torch.get_num_threads()} threads, median of {repeats}")
-    print(f"{'form':10s} {'forward ms':>12s} {'with backward ms':>18s} {'largest difference from factored':>34s}")
-    with torch.no_grad():
-        exact = layer("factored")
-        for form, pair in times.items():
-            forward, both = (1e3 * statistics.median(seconds[1:]) for seconds in pair)
-            error = f"{((layer(form) - exact).abs().max() / exact.abs().max()).item():.1e}"
-            print(f"{form:10s} {forward:12.1f} {both:18.1f} {'the base model' if form == 'plain' else error:>34s}")
-    FORM = "cheaper"
+    def factored(A, B, mask):  # with m = 1 it is the LoRA of other libraries, on q, k and v
+        hidden = (x[:, None] @ A.mT) * mask[:, None, None, :]
+        return F.linear(x, weight, bias) + (hidden @ B.mT).transpose(1, 2).flatten(2)
+
+    def step(forward, *parameters):
+        def work():
+            y = forward()
+            y.backward(y.detach())
+            for tensor in (x, *parameters):
+                tensor.grad = None
+            return y.detach()
+        return work
+
+    works = {"plain linear layer": step(linear)}
+    for r in sorted({ranks[0], ranks[1] // 2, sum(ranks)}):
+        A = (torch.randn(3, r, d, **like) * d ** -0.5).requires_grad_()
+        B = (torch.randn(3, d, r, **like) * 0.1 * r ** -0.5).requires_grad_()
+        mask = torch.ones(batch, r, **like).requires_grad_()
+        parts = A, B, mask
+        works[f"rank {r}: gated_linear"] = step(functools.partial(gated_linear, x, weight, bias, *parts), *parts)
+        works[f"rank {r}: x A m B by autograd"] = step(functools.partial(factored, *parts), *parts)
+    done, rows = race(works, device, repeats), []
+    for name, row in done.items():
+        exact, error = done.get(name.replace("gated_linear", "x A m B by autograd"), row), "-"
+        if exact is not row and "failed" not in exact | row:
+            y = exact["result"]
+            error = f"{((row['result'] - y).abs().max() / y.abs().max()).item():.0e}"
+        rows.append([name, "-", "-", row["failed"]] if "failed" in row else
+                    [name, f"{1e3 * row['seconds']:.1f}", memory(row), error])
+    print(f"one layer's q, k and v, forward and backward, {n} tokens of width {d}\n")
+    print_rows(["", "ms", "peak MB", "largest difference"], rows)
+
+    plain = build_sam(backbone).to(device)
+    adapted = attach(copy.deepcopy(plain), "gara").eval()
+    picture = torch.randn(batch, 3, sizes["image_size"], sizes["image_size"], device=device)
+
+    def encode(sam, count=None):
+        with torch.no_grad():
+            if count is not None:
+                open_components(sam, count)
+            return sam.image_encoder(picture)
+
+    works = {"SAM": functools.partial(encode, plain)}
+    for count in (ranks[1], ranks[1] // 2, 1):
+        works[f"GaRA, {count} of {ranks[1]} components"] = functools.partial(encode, adapted, count)
+    rows = []
+    for name, row in race(works, device, repeats).items():
+        weights = sum(t.numel() * t.element_size() for t in (plain if name == "SAM" else adapted).state_dict().values())
+        rows.append([name, "-", "-", row["failed"]] if "failed" in row else [
+            name, f"{row['seconds']:.3f}", f"{batch / row['seconds']:.2f}",
+            "-" if row["peak"] is None else f"{(weights + row['peak']) / 1e6:,.0f}"])
+    print("image encoder, inference\n")
+    print_rows(["", "seconds", "images/s", "weights and peak MB"], rows)
 
 
 def main(argv=None):

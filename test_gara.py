@@ -695,12 +695,22 @@ def test_gara_command_line(capsys):
     text = capsys.readouterr().out
     for method in gara.METHODS:
         row, number = re.search(rf"^{method} .*$", text, re.M)[0], expected_count(method, 160, 6)
-        assert f"{number:,} parameters" in row and f"{4 * number / 1e6:.1f} MB" in row
-    rows = {row[0]: row for row in map(str.split, re.findall("^(?:plain|factored|merged) .*$", text, re.M))}
-    assert len(rows) == 3 and all(float(value) > 0 for row in rows.values() for value in row[1:3])
-    assert float(rows["merged"][3]) < 1e-4 and gara.FORM == "cheaper"
+        assert row.split()[-2:] == [f"{number:,}", f"{4 * number / 1e6:.1f}"]
+    rows = {row[:2]: row[2:] for row in re.findall(r"^rank (\d+): (gated|x A).*? +([\d.]+) +(\S+) +(\S+)$", text, re.M)}
+    assert {rank for rank, _ in rows} == {"4", "24", "52"} and all(float(row[0]) > 0 for row in rows.values())
+    assert all(float(rows[rank, "gated"][2]) < 1e-4 for rank in ("4", "24", "52"))
+    assert len(re.findall(r"^(?:SAM|GaRA, \d+ of 48 components) +[\d.]+ +[\d.]+ +\S+$", text, re.M)) == 4
     for mistake in (["--batch", "0"], ["--device", "nonsense"], ["--device", "cuda:99"]):
         assert run_cli(gara.main, "--backbone", "vit_t", *mistake) == 2 and one_error(capsys, mistake[0])
+
+def test_gates_that_are_set_open():
+    model, x = tiny("gara").eval(), pictures(0, 2)
+    for count in (48, 24, 1):
+        with torch.no_grad():
+            gara.open_components(model, count)
+        encode(model, x)
+        for layer in gara.gates(model):
+            assert layer["space"].tolist() == [1, 1] and layer["count"].tolist() == [count] * 2
 
 @pytest.mark.parametrize("method, options, word", [
     ("dora", {}, "gara, gara_flat, lora, moe_lora"), ("lora", dict(rank_low=3), "rank_low"),
