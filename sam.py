@@ -807,7 +807,7 @@ def bench(backbone, batch, device, compiled=False, rounds=5):
     masks = sam.decode(exact, boxes=boxes)[0] > 0
     print(f"\n{backbone}, image encoder, batch {batch}, {side} x {side}, {device}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}, median of {rounds} interleaved rounds\n")
-    rows = [["matrix products alone", f"{flops / rate:.2f}", f"{batch * rate / flops:.2f}", "", "",
+    rows = [["matrix products alone", f"{flops / rate:.3f}", f"{batch * rate / flops:.2f}", "", "",
              f"{flops / 1e9:,.0f} GFLOP at {rate / 1e9:,.0f} GFLOP/s"]]
     for name, row in done.items():
         if "failed" in row:
@@ -816,7 +816,7 @@ def bench(backbone, batch, device, compiled=False, rounds=5):
         result = row["result"][:1]
         guess = sam.decode(result, boxes=boxes)[0] > 0
         iou = (guess & masks).sum((2, 3)) / (guess | masks).sum((2, 3)).clamp(min=1)
-        rows.append([name, f"{row['seconds']:.2f}", f"{batch / row['seconds']:.2f}",
+        rows.append([name, f"{row['seconds']:.3f}", f"{batch / row['seconds']:.2f}",
                      "-" if row["peak"] is None else f"{row['peak'] / 1e6:,.0f}", f"{row['first']:.1f}",
                      f"{((result - exact).abs().max() / exact.abs().max()).item():.0e}, {iou.mean().item():.4f}"])
     print_rows(["", "seconds", "images/s", "peak MB", "first call s", "largest difference, mask IoU"], rows)
@@ -835,7 +835,7 @@ def bench(backbone, batch, device, compiled=False, rounds=5):
     print(f"decoder, 100 points on one picture of {image.shape[1]} x {image.shape[0]}\n")
     print_rows(["", "seconds", "peak MB"], [
         [name, "-", row["failed"]] if "failed" in row else
-        [name, f"{row['seconds']:.2f}", "-" if row["peak"] is None else f"{row['peak'] / 1e6:,.0f}"]
+        [name, f"{row['seconds']:.3f}", "-" if row["peak"] is None else f"{row['peak'] / 1e6:,.0f}"]
         for name, row in race(works, device, rounds).items()])
 
 

@@ -450,6 +450,36 @@ def test_sam_command_line_mistakes_end_in_one_line(tmp_path, tiny_files, capsys,
     assert run_cli(sam.main, picture, *tiny_files[1:], *point, *arguments) == 2
     assert one_error(capsys) and everything(tmp_path) == before
 
+def test_sam_bench(capsys, monkeypatch):
+    """Finite rows, bfloat16 near float32, and a row that failed stays in the table."""
+    monkeypatch.setattr(torch, "compile", lambda module: lambda x: 1 / 0)
+    assert run_cli(sam.main, "--bench", "--backbone", "vit_t", "--batch", 2, "--compile", "--device", "cpu") == 0
+    text = capsys.readouterr().out
+    lines = re.findall(r"^(\S.{20})  +(.*)$", text, re.M)
+    rows = {name.strip(): re.split(r"  +", rest.strip()) for name, rest in lines}
+    assert 0.001 < float(rows["float32"][1]) * float(rows["float32"][0]) / 2 < 1000 and "batch 2" in text
+    difference, iou = rows["bfloat16"][-1].split(", ")
+    assert 1e-5 < float(difference) < 0.1 and 0.9 < float(iou) < 1 and rows["float32"][-1] == "0e+00, 1.0000"
+    assert "ZeroDivisionError" in rows["float32, compiled"][-1] and "GFLOP/s" in rows["matrix products alone"][-1]
+    assert len(re.findall(r"^(?:one call, 100 prompts|100 calls of predict) +[\d.]+ +\S+$", text, re.M)) == 2
+    for mistake in (["--batch", "0"], ["--device", "nonsense"], ["photo.jpg"]):
+        assert run_cli(sam.main, "--bench", "--backbone", "vit_t", *mistake) == 2 and one_error(capsys)
+
+def test_the_multiplications_that_the_bench_counts(monkeypatch, capsys):
+    """Against torch's own counter, on attention written out."""
+    from torch.utils.flop_counter import FlopCounterMode
+    model = tiny().image_encoder
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(
+            torch.nn.attention.SDPBackend.MATH):
+        model(torch.zeros(1, 3, 128, 128))
+    monkeypatch.setattr(sam, "race", lambda works, device, rounds=5: {name: dict(
+        result=work(), seconds=1.0, first=1.0, peak=0) for name, work in works.items() if "predict" not in name})
+    sam.bench("vit_t", 1, torch.device("cpu"), rounds=1)
+    rate = 2 * 256 * 160 * 640
+    seconds = float(re.search(r"^matrix products alone +(\S+)", capsys.readouterr().out, re.M)[1])
+    biases = 2 * 2 * 6 * 256 * 160 * 8  # what the bench leaves out: the relative positions, 8 wide at least
+    assert seconds * rate == pytest.approx(counter.get_total_flops() - biases, rel=0.02)
+
 # ---- GaRA: the operation --------------------------------------------------------------------------------------------
 
 def operands(N=2, tokens=(5,), d=4, o=3, r=6, G=3, dtype=torch.float64, flat=False, update=1.0, device="cpu"):
@@ -1055,6 +1085,10 @@ def test_corruption_sheet(tmp_path):
     assert done.returncode == 0, done.stderr
     with Image.open(sheet) as picture:
         assert picture.mode == "RGB" and picture.height > 4 * 96
+    bench = run_file(corruptions, photo, "--bench")
+    times = dict(re.findall(r"^(\w+|all 15) +([\d.]+) ms", bench.stdout, re.M))
+    assert bench.returncode == 0 and times.keys() == {*CORRUPTIONS, "all 15"}
+    assert float(times.pop("all 15")) == pytest.approx(sum(map(float, times.values())), abs=1) != 0
     for bad in ([tmp_path / "none.jpg"], [corruptions.__file__], [photo, "--out", tmp_path / "no" / "sheet.png"],
                 [photo, "--out", tmp_path / "sheet.what"], [photo, "--strength", "nan"]):
         failed = run_file(corruptions, *bad, *([] if "--out" in bad else ["--out", tmp_path / "x.png"]))
