@@ -41,7 +41,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import gara
-from sam import BACKBONES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, race
+from sam import BACKBONES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, keep_freed_memory, race
 
 FORMAT = "gara-sam results 2"
 PROMPTS = ("point", "box")
@@ -1107,6 +1107,7 @@ def main(argv=None):
             add_summaries(results)
             os.makedirs(args.out, exist_ok=True)
         else:
+            keep_freed_memory()
             models, about, backbone = load_models(args.ckpt, args.backbone, args.checkpoint, torch.device(args.device),
                                                   args.predictor)
             if args.process == 0:

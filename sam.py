@@ -82,6 +82,8 @@ class MLPBlock(nn.Sequential):
 # How many scores of a head global attention holds at a time: on the CPU what fits its cache, on a GPU enough to keep it
 # busy with few launches, elsewhere in between.
 SCORES_PER_BLOCK = {"cpu": 2**19, "cuda": 2**23}
+# How many of the picture's tokens, over all prompts, the mask decoder takes at a time, for the same reason.
+TOKENS_AT_ONCE = {"cpu": 2**14}
 
 
 def relative_positions(table, size):
@@ -254,7 +256,12 @@ class PromptEncoder(nn.Module):
 # ---------------------------------------------------------------- mask decoder
 
 class CrossAttention(nn.Module):
-    """Multi-head attention whose inner width may be smaller than its outer width."""
+    """Multi-head attention whose inner width may be smaller than its outer width.
+
+    Between a few tokens and the whole picture, projecting the picture is what costs. But (W t) . (V p) = (V^T W t) . p
+    for a token t and a pixel p: tokens can pass through both projections and the picture through none. With 7 tokens
+    and 8 heads that is less than half the work, and nothing else is as large as the picture.
+    """
 
     def __init__(self, C, heads, downsample=1):
         super().__init__()
@@ -264,11 +271,33 @@ class CrossAttention(nn.Module):
         self.v_proj = nn.Linear(C, C // downsample)
         self.out_proj = nn.Linear(C // downsample, C)
 
+    def split(self, x):  # (P, T, heads * c) -> (P, heads, T, c)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def weights(self, linear):  # (heads, c, C) and (heads, 1, c)
+        return linear.weight.unflatten(0, (self.heads, -1)), linear.bias.unflatten(0, (self.heads, 1, -1))
+
     def forward(self, q, k, v):  # (P, Q, C), (P, K, C), (P, K, C) -> (P, Q, C)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (P, heads, Q or K, c)
-                   for t in (self.q_proj(q), self.k_proj(k), self.v_proj(v)))
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # small: one side is a handful of tokens
+        q, k, v = (self.split(t) for t in (self.q_proj(q), self.k_proj(k), self.v_proj(v)))  # (P, heads, Q or K, c)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         return self.out_proj((scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
+
+    def tokens_to_image(self, q, k, v):
+        """The same for T tokens q (P, T, C) and pixels k, v (P or 1, HW, C), projected last -> (P, T, C)."""
+        q, (to_k, _), (to_v, bias) = self.split(self.q_proj(q)), self.weights(self.k_proj), self.weights(self.v_proj)
+        q = (q * q.shape[-1] ** -0.5) @ to_k  # (P, heads, T, C); k's bias would move all scores of a token alike
+        scores = q.flatten(1, 2) @ k.transpose(-1, -2)  # (P, heads * T, HW)
+        seen = (scores.softmax(-1).to(v.dtype) @ v).unflatten(1, (self.heads, -1))  # (P, heads, T, C)
+        return self.out_proj((seen @ to_v.transpose(-1, -2) + bias).transpose(1, 2).flatten(2))
+
+    def image_to_tokens(self, q, k, v):
+        """The same for pixels q (P or 1, HW, C) and T tokens k, v (P, T, C) -> (P, HW, C)."""
+        k, v, (to_q, bias) = self.split(self.k_proj(k)), self.split(self.v_proj(v)), self.weights(self.q_proj)
+        k = k * k.shape[-1] ** -0.5
+        scores = ((k @ to_q).flatten(1, 2) @ q.transpose(-1, -2)).unflatten(1, (self.heads, -1))  # (P, heads, T, HW)
+        shares = (scores + k @ bias.transpose(-1, -2)).softmax(2).flatten(1, 2)  # softmax over T: fast, as HW is last
+        v = v @ self.out_proj.weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0)  # (P, heads, T, C)
+        return shares.to(v.dtype).transpose(1, 2) @ v.flatten(1, 2) + self.out_proj.bias
 
 
 class TwoWayAttentionBlock(nn.Module):
@@ -286,13 +315,15 @@ class TwoWayAttentionBlock(nn.Module):
         self.norm4 = nn.LayerNorm(C)
         self.cross_attn_image_to_token = CrossAttention(C, heads, downsample=2)
 
-    def forward(self, tokens, image, token_pe, image_pe):  # tokens (P, T, C), image (P, HW, C) -> both
+    def forward(self, tokens, image, token_pe, image_pe):  # tokens (P, T, C), image (P or 1, HW, C) -> both, P each
         q = tokens if self.first else tokens + token_pe
         attended = self.self_attn(q, q, tokens)
         tokens = self.norm1(attended if self.first else tokens + attended)
-        tokens = self.norm2(tokens + self.cross_attn_token_to_image(tokens + token_pe, image + image_pe, image))
+        places = image + image_pe
+        tokens = self.norm2(tokens + self.cross_attn_token_to_image.tokens_to_image(tokens + token_pe, places, image))
         tokens = self.norm3(tokens + self.mlp(tokens))
-        image = self.norm4(image + self.cross_attn_image_to_token(image + image_pe, tokens + token_pe, tokens))
+        image = self.norm4(
+            image + self.cross_attn_image_to_token.image_to_tokens(places, tokens + token_pe, tokens))
         return tokens, image
 
 
@@ -305,12 +336,12 @@ class TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = CrossAttention(C, heads, downsample=2)
         self.norm_final_attn = nn.LayerNorm(C)
 
-    def forward(self, image, image_pe, tokens):  # (P, HW, C), (1, HW, C), (P, T, C) -> tokens, image
+    def forward(self, image, image_pe, tokens):  # (P or 1, HW, C), (1, HW, C), (P, T, C) -> tokens, image
         token_pe = tokens
         for layer in self.layers:
             tokens, image = layer(tokens, image, token_pe, image_pe)
-        tokens = tokens + self.final_attn_token_to_image(tokens + token_pe, image + image_pe, image)
-        return self.norm_final_attn(tokens), image
+        look = self.final_attn_token_to_image.tokens_to_image(tokens + token_pe, image + image_pe, image)
+        return self.norm_final_attn(tokens + look), image
 
 
 class MLP(nn.Module):
@@ -343,19 +374,36 @@ class MaskDecoder(nn.Module):
         self.output_hypernetworks_mlps = nn.ModuleList(MLP(C, C, C, C // 8) for _ in range(4))
         self.iou_prediction_head = MLP(C, 256, 256, 4)
 
+    def upscale(self, image):
+        """(P, HW, C) -> (P, 16 HW, C / 8): every pixel becomes 2 x 2, and each of these again.
+
+        A transposed convolution whose kernel is as large as its stride is a linear layer on each pixel. What it makes
+        of a pixel stays together here; the pixels are brought in order when only the masks are left.
+        """
+        first, norm, act, second, _ = self.output_upscaling
+        for conv in (first, second):
+            weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2 * 2 * out, in)
+            image = F.linear(image, weight, conv.bias.repeat(4)).view(len(image), -1, conv.out_channels)
+            if conv is first:
+                image = F.layer_norm(image, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+            image = act(image)
+        return image
+
     def predict_masks(self, image_embeddings, image_pe, sparse, dense):
         """All four: logits (P, 4, 4H, 4W) and predicted IoU (P, 4).
 
         image_embeddings (1 or P, C, H, W), image_pe (1, C, H, W), sparse (P, T, C), dense (P, C, H, W).
         """
-        P, (C, H, W) = len(sparse), image_embeddings.shape[1:]
+        P, (H, W) = len(sparse), image_embeddings.shape[2:]
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (5, C)
         tokens = torch.cat([output_tokens.expand(P, -1, -1), sparse], dim=1)  # (P, 5 + T, C)
-        image = (image_embeddings + dense).flatten(2).transpose(1, 2)  # (P, HW, C)
+        if dense.stride(0) == 0:  # without mask prompts, all prompts see the same picture: it need not be copied
+            dense = dense[:1]
+        image = (image_embeddings + dense).flatten(2).transpose(1, 2)  # (P or 1, HW, C)
         tokens, image = self.transformer(image, image_pe.flatten(2).transpose(1, 2), tokens)
-        upscaled = self.output_upscaling(image.transpose(1, 2).reshape(P, C, H, W))  # (P, C / 8, 4H, 4W)
-        kernels = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=1)
-        masks = (kernels @ upscaled.flatten(2)).unflatten(-1, upscaled.shape[2:])  # kernels (P, 4, C / 8)
+        kernels = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=2)
+        masks = self.upscale(image) @ kernels  # (P, 16 HW, C / 8) @ (P, C / 8, 4)
+        masks = masks.view(P, H, W, 2, 2, 2, 2, 4).permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(P, 4, 4 * H, 4 * W)
         return masks, self.iou_prediction_head(tokens[:, 0])
 
     def forward(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output):
@@ -402,9 +450,17 @@ class Sam(nn.Module):
         1. M is 3 with multimask_output, else 1.
         """
         sparse, dense = self.prompt_encoder(points, boxes, masks)
-        if image_index is not None:
-            image_embeddings = image_embeddings[image_index]
-        return self.mask_decoder(image_embeddings, self.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output)
+        at_once = max(1, TOKENS_AT_ONCE.get(self.device.type, 2**20) // dense[0, 0].numel())
+        image_pe, parts = self.prompt_encoder.get_dense_pe(), []
+        for first in range(0, len(sparse), at_once):
+            these = slice(first, first + at_once)
+            image = image_embeddings  # of one picture for all prompts, or of one for each
+            if image_index is not None:
+                image = image[image_index[these]]
+            elif len(image) > 1:
+                image = image[these]
+            parts.append(self.mask_decoder(image, image_pe, sparse[these], dense[these], multimask_output))
+        return tuple(torch.cat(part) for part in zip(*parts))
 
     def postprocess_masks(self, masks, input_size, original_size):
         """Low-resolution logits (P, M, 4H, 4W) -> logits (P, M, height, width) for the picture, its padding cut off.
@@ -663,6 +719,15 @@ def _tensor(name, value, shape, device):
     return value
 
 
+def keep_freed_memory():
+    """Have the C library keep what is freed for the next time: otherwise it gives big pieces back to the system, and
+    every new page costs a fault: on a CPU up to a third of the mask decoder's time. Only glibc has these settings."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: its largest value, 32 MiB
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
 # ---------------------------------------------------------------- python sam.py --bench: how fast it is here
 
 class PeakMemory:
@@ -883,6 +948,7 @@ def main(argv=None):
     add("--batch", type=int, default=1, help="pictures at once, for --bench (default 1)")
     add("--compile", action="store_true", help="with --bench: also by torch.compile")
     args = parser.parse_args(argv)
+    keep_freed_memory()
     if args.bench == bool(args.picture):
         parser.error("say which picture to segment, or --bench to measure")
     if args.bench:

@@ -361,15 +361,51 @@ def test_positions_are_interpolated_to_another_image_size(tmp_path):
         with refused("image size", str(size)):
             sam.build_sam("vit_t", image_size=size)
 
+@pytest.mark.parametrize("pictures_at_once", [1, 3])
+def test_attention_projected_last_is_attention(pictures_at_once):
+    """Between 3 x 5 tokens and one picture, or three: as projected first, to rounding, gradients included."""
+    torch.manual_seed(0)
+    layer = sam.CrossAttention(16, 4, downsample=2).double()
+    tokens, pe = (torch.randn(3, 5, 16).double().requires_grad_() for _ in range(2))
+    image, places = (torch.randn(pictures_at_once, 49, 16).double().requires_grad_() for _ in range(2))
+    pairs = ((layer.tokens_to_image, (tokens, places, image)), (layer.image_to_tokens, (places, pe, tokens)))
+    for quick, (q, k, v) in pairs:
+        plain, fast = layer(*(t.expand(3, -1, -1) for t in (q, k, v))), quick(q, k, v)
+        assert fast.shape == plain.shape and torch.allclose(fast, plain, atol=1e-12)
+        for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v, layer.q_proj.bias, layer.v_proj.weight))
+                          for y in (plain, fast))):
+            assert a.abs().max() > 1e-3 and torch.allclose(a, b, atol=1e-10)
+
+def test_upscaling_pixel_by_pixel_is_the_transposed_convolution():
+    decoder, torch_image = tiny().mask_decoder, torch.randn(2, 6 * 6, 128)
+    expected = decoder.output_upscaling(torch_image.mT.reshape(2, 128, 6, 6))  # (2, 16, 24, 24)
+    found = decoder.upscale(torch_image).view(2, 6, 6, 2, 2, 2, 2, 16).permute(0, 7, 1, 3, 5, 2, 4, 6)
+    assert close(found.reshape(2, 16, 24, 24), expected, 1e-5)
+
+@pytest.mark.parametrize("which", ["one picture", "a picture each", "picture by index"])
+def test_many_prompts_in_parts_are_as_in_one(monkeypatch, which):
+    model, boxes = tiny(), torch.rand(7, 4, generator=torch.Generator().manual_seed(0)).sort()[0] * 128
+    embeddings = encode(model, pictures(*range({"one picture": 1, "a picture each": 7, "picture by index": 3}[which])))
+    asked = dict(boxes=boxes, masks=torch.randn(7, 1, 64, 64) if which == "a picture each" else None)
+    if which == "picture by index":
+        asked["image_index"] = torch.tensor([0, 2, 1, 1, 0, 2, 2])
+    whole = model.decode(embeddings, **asked)
+    monkeypatch.setitem(sam.TOKENS_AT_ONCE, "cpu", 2 * 256)  # two prompts at a time, then one
+    parts = model.decode(embeddings, **asked)
+    assert whole[0].shape == (7, 1, 64, 64) and all(close(a, b, 1e-5) for a, b in zip(parts, whole))
+    with pytest.raises(RuntimeError):
+        model.decode(embeddings[:1].expand(2, -1, -1, -1), boxes=boxes)  # two pictures for seven prompts
+
 def test_gradients_flow_except_in_the_predictor(predictor):
     model = predictor.model
     points, mask = (torch.tensor([[[9., 9]]]), torch.tensor([[1]])), torch.randn(1, 1, 64, 64)
     low_res, scores = model.decode(model.image_encoder(pictures(0)), points, masks=mask, multimask_output=True)
     (low_res.square().sum() + scores.sum()).backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    # what one object point, a mask and three outputs leave out: other labels, "no mask", the mask for clear prompts
-    unused = r"point_embeddings\.[023]|no_mask_embed|hypernetworks_mlps\.0"
-    assert [name for name in silent if not re.search(unused, name)] == [] and len(silent) < 12
+    # what one object point, a mask and three outputs leave out: other labels, "no mask", the mask for clear prompts;
+    # and biases that move all scores of a token alike
+    unused = r"point_embeddings\.[023]|no_mask_embed|hypernetworks_mlps\.0|token_to_image\.k_proj\.bias"
+    assert [name for name in silent if not re.search(unused, name)] == [] and len(silent) < 15
     assert not predictor.features.requires_grad
     assert not predictor.predict_torch(None, None, torch.tensor([[1., 1, 9, 9]]))[2].requires_grad
 

@@ -17,7 +17,6 @@ newest one with what `--resume` needs; run.json, the settings; log.jsonl, one li
 """
 import argparse
 import contextlib
-import ctypes
 import functools
 import hashlib
 import json
@@ -42,7 +41,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import gara
 from corruptions import CORRUPTIONS
-from sam import BACKBONES, FILES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint
+from sam import BACKBONES, FILES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, keep_freed_memory
 
 # What a run uses where the command line is silent. The paper gives Adam, batch 8 and both prompt kinds. Its learning
 # rates did not survive in the text we have, its number of steps is not stated: 1e-4 is RobustSAM's, 40,000 is ours.
@@ -590,15 +589,6 @@ def train(args):
         else:
             print(f"best: validation IoU {run.best:.4f}, {run.path(run.result)}; {train_set.summary()}")
     return 0 if run.step == args.steps else 128 + (interrupt.signal or signal.SIGTERM)
-
-
-def keep_freed_memory():
-    """Have the C library keep what a step frees for the next step: otherwise it gives big pieces back to the system,
-    and every new page costs a fault. Only glibc has these settings."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: its largest value, 32 MiB
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def steps(run, train_set, val_set, interrupt):
