@@ -79,9 +79,10 @@ class MLPBlock(nn.Sequential):
 
 # ---------------------------------------------------------------- image encoder
 
-# How many scores of a head global attention holds at a time: on the CPU what fits its cache, on a GPU enough to keep it
-# busy with few launches, elsewhere in between.
-SCORES_PER_BLOCK = {"cpu": 2**19, "cuda": 2**23}
+# How many attention scores the encoder holds at a time: on the CPU what fits its cache, on a GPU enough to keep it busy
+# with few launches, elsewhere in between.
+SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+SCORES_KEPT = 2**20  # for the backward pass; a head that has more computes them again
 # How many of the picture's tokens, over all prompts, the mask decoder takes at a time, for the same reason.
 TOKENS_AT_ONCE = {"cpu": 2**14}
 
@@ -95,19 +96,19 @@ def relative_positions(table, size):
 def attend(q, k, v, bias_h, bias_w):
     """softmax(q k^T / sqrt(c) + bias) v, where the bias of a query for key (y, x) is bias_h[..., y] + bias_w[..., x].
 
-    For M windows of S x S keys and Q queries: q (M, heads, Q, c), k and v (M, heads, S * S, c), bias_h and bias_w
-    (M, heads, Q, S) -> (M, heads, Q, c).
+    For U heads of windows of S x S keys, and Q queries: q (U, Q, c), k and v (U, S * S, c), bias_h and bias_w (U, Q, S)
+    -> (U, Q, c).
     """
     if q.device.type == "cpu" and torch.is_grad_enabled():
         # The bias as part of the product: q longer by bias_h and bias_w, k by one-hot codes of its row and column.
         # Exact, and for training in bfloat16 on a CPU 1.8 times as fast as autograd through the sum below.
         S, like = bias_h.shape[-1], dict(dtype=k.dtype, device=k.device)
         codes = torch.cat([torch.eye(S, **like).repeat_interleave(S, 0), torch.eye(S, **like).repeat(S, 1)], dim=1)
-        q = torch.cat([q * q.shape[-1] ** -0.5, bias_h, bias_w], dim=-1)  # (M, heads, Q, c + 2S)
-        k = torch.cat([k, codes.expand(*k.shape[:2], -1, -1)], dim=-1)  # (M, heads, S * S, c + 2S)
+        q = torch.cat([q * q.shape[-1] ** -0.5, bias_h, bias_w], dim=-1)  # (U, Q, c + 2S)
+        k = torch.cat([k, codes.expand(len(k), -1, -1)], dim=-1)  # (U, S * S, c + 2S)
         return (q @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
-    bias = (bias_h[..., :, None] + bias_w[..., None, :]).flatten(-2)  # (M, heads, Q, S * S)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    bias = (bias_h[..., :, None] + bias_w[..., None, :]).flatten(-2)  # (U, Q, S * S)
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias[None])[0]
 
 
 class Attention(nn.Module):
@@ -135,19 +136,22 @@ class Attention(nn.Module):
             padded[:, :H, :W] = qkv
             qkv = padded
         qkv = qkv.view(N, ny, S, nx, S, 3, self.heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = qkv.reshape(3, N * ny * nx, self.heads, S, S, -1)  # (M, heads, S, S, c) each; M windows in all
+        q, k, v = qkv.reshape(3, N * ny * nx * self.heads, S, S, -1)  # (U, S, S, c) each; U heads of windows in all
         down, right = (relative_positions(table, S).to(q.dtype) for table in (self.rel_pos_h, self.rel_pos_w))
-        bias_h = torch.einsum("mhyxc,ykc->mhyxk", q, down).flatten(2, 3)  # (M, heads, S * S, S)
-        bias_w = torch.einsum("mhyxc,xkc->mhyxk", q, right).flatten(2, 3)
-        q, k, v = (t.flatten(2, 3) for t in (q, k, v))  # (M, heads, S * S, c)
-        if self.window:
-            x = attend(q, k, v, bias_h, bias_w)
-        else:  # block by block; for training, scores are computed again in the backward pass rather than kept
-            queries = min(S * S, max(1, SCORES_PER_BLOCK.get(x.device.type, 2**21) // S**2))
-            keep = queries == S * S or not torch.is_grad_enabled()
-            block = attend if keep else functools.partial(recompute, attend, use_reentrant=False)
-            blocks = zip(*(t.split(queries, dim=2) for t in (q, bias_h, bias_w)))
-            x = torch.cat([block(q_, k, v, h_, w_) for q_, h_, w_ in blocks], dim=2)
+        bias_h = torch.einsum("uyxc,ykc->uyxk", q, down).flatten(1, 2)  # (U, S * S, S)
+        bias_w = torch.einsum("uyxc,xkc->uyxk", q, right).flatten(1, 2)
+        q, k, v = (t.flatten(1, 2) for t in (q, k, v))  # (U, S * S, c)
+        # In pieces: some heads of windows at a time, and where a single one has too many scores, some of its queries.
+        most = SCORES_AT_ONCE.get(x.device.type, 2**22)
+        queries = min(S * S, max(1, most // S**2))
+        units = max(1, most // (queries * S**2))
+        keep = S**4 <= SCORES_KEPT or not torch.is_grad_enabled()
+        piece = attend if keep else functools.partial(recompute, attend, use_reentrant=False)
+        parts = []
+        for q_, k_, v_, h_, w_ in zip(*(t.split(units) for t in (q, k, v, bias_h, bias_w))):
+            blocks = zip(*(t.split(queries, dim=1) for t in (q_, h_, w_)))
+            parts.append(torch.cat([piece(block, k_, v_, h, w) for block, h, w in blocks], dim=1))
+        x = torch.cat(parts)  # (U, S * S, c)
         x = x.view(N, ny, nx, self.heads, S, S, -1).permute(0, 1, 4, 2, 5, 3, 6).reshape(N, ny * S, nx * S, d)
         return self.proj(x[:, :H, :W])
 

@@ -225,21 +225,26 @@ def test_golden_masks(golden, name):
 # ---- SAM in its parts -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("limit, blocks", [(49 * 10, 5), (49 * 7, 7), (1, 49)])
-def test_global_attention_in_blocks_equals_one_block(monkeypatch, limit, blocks, device):
-    """In values and gradients. That one block is right is what the golden numbers say."""
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("limit", [49 * 49 * 2, 49 * 10, 1])
+def test_attention_in_pieces_equals_one_piece(monkeypatch, limit, window, device):
+    """Two heads at a time, or 10 queries (of 49; of 16 in a window) of one, or a single query: in values and gradients.
+    That one piece is right is what the golden numbers say."""
     calls, attend, outputs = [], sam.attend, []
     monkeypatch.setattr(sam, "attend", lambda *tensors: calls.append(1) or attend(*tensors))
     torch.manual_seed(0)
-    layer = sam.Attention(12, 3, 0, 7).double().to(device)
+    layer, S = sam.Attention(12, 3, window, 7).double().to(device), window or 7
     for table in (layer.rel_pos_h, layer.rel_pos_w):
         torch.nn.init.normal_(table)
     x = torch.randn(2, 7, 7, 12, dtype=torch.float64, device=device, requires_grad=True)
-    for scores in (10**9, limit):
-        monkeypatch.setitem(sam.SCORES_PER_BLOCK, device, scores)
+    for scores, kept in ((10**9, 10**9), (limit, 0)):
+        monkeypatch.setitem(sam.SCORES_AT_ONCE, device, scores)
+        monkeypatch.setattr(sam, "SCORES_KEPT", kept)
         y = layer(x)
         outputs.append((y, *torch.autograd.grad(y.sin().sum(), (x, *layer.parameters()))))
-    assert len(calls) == 1 + 2 * blocks  # scores are made again on the way back
+    heads, queries = 6 * (4 if window else 1), min(S * S, max(1, limit // S**2))
+    pieces = -(-heads // max(1, limit // (queries * S**2))) * -(-S**2 // queries)
+    assert pieces > 1 and len(calls) == 1 + 2 * pieces  # scores are made again on the way back
     assert all(close(got, want, 1e-10) for got, want in zip(*reversed(outputs)))
     with torch.no_grad():
         assert close(layer(x), y, 1e-12)
