@@ -26,7 +26,6 @@ import datetime
 import functools
 import glob
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -41,7 +40,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import gara
-from sam import BACKBONES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, keep_freed_memory, race
+from sam import (BACKBONES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, from_file,
+                 keep_freed_memory, race)
 
 FORMAT = "gara-sam results 2"
 PROMPTS = ("point", "box")
@@ -980,20 +980,12 @@ def load_models(ckpts, backbone, checkpoint, device, predictors=()):
 
 def load_predictor(spec):
     """The object that "FILE.py:NAME" names, or makes if NAME is a class or function: see the README. ValueError."""
-    path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not os.path.isfile(path):
-        raise ValueError(f"--predictor {spec}: there is no such file; say FILE.py:NAME")
-    module_spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # as if it were run: it finds the files beside it
-    try:
-        module_spec.loader.exec_module(module)
-        found = getattr(module, name)
-        made = found if hasattr(found, "set_image") and not isinstance(found, type) else found()
-    except Exception as error:  # somebody else's code: whatever it raises, the user must know that it came from there
-        raise ValueError(f"--predictor {spec}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
+    made = from_file(spec, "--predictor")
+    if isinstance(made, type) or not hasattr(made, "set_image"):
+        try:
+            made = made()
+        except Exception as error:  # somebody else's code: whatever it raises, say where
+            raise ValueError(f"--predictor {spec}: {type(error).__name__}: {error}") from error
     if not callable(getattr(made, "set_image", None)) or not callable(getattr(made, "predict", None)):
         raise ValueError(f"--predictor {spec}: it has no set_image and predict as the official SamPredictor has")
     return made

@@ -806,43 +806,36 @@ def print_rows(heads, rows):
     print()
 
 
-def other_sams(backbone, state):
-    """The same model by packages that may be installed here, to compare: {name: (encoder, its predictor or None)}."""
-    found, sizes = {}, BACKBONES[backbone]
-    if importlib.util.find_spec("segment_anything") and backbone != "vit_t":
-        import segment_anything
-        official = segment_anything.sam_model_registry[backbone]().eval()
-        official.load_state_dict(state)
-        found["segment-anything"] = official.image_encoder, segment_anything.SamPredictor(official)
-    if importlib.util.find_spec("transformers") and backbone != "vit_t":
-        from transformers import SamVisionConfig, SamVisionModel
-        config = SamVisionConfig(hidden_size=sizes["d"], num_hidden_layers=sizes["depth"], mlp_dim=4 * sizes["d"],
-                                 num_attention_heads=sizes["heads"], global_attn_indexes=list(sizes["global_layers"]))
-        model = SamVisionModel._from_config(config, attn_implementation="sdpa").eval()
-        names = {"patch_embed.proj": "patch_embed.projection", "blocks": "layers", "norm1": "layer_norm1",
-                 "norm2": "layer_norm2", "neck.0": "neck.conv1", "neck.1": "neck.layer_norm1", "neck.2": "neck.conv2",
-                 "neck.3": "neck.layer_norm2"}
-        renamed = {}
-        for key, value in state.items():
-            if key.startswith("image_encoder."):
-                key = key.removeprefix("image_encoder.")
-                for old, new in names.items():
-                    key = key.replace(old, new)
-                renamed["vision_encoder." + key] = value
-        model.load_state_dict(renamed)
-        found["transformers, SDPA"] = lambda x: model(x).last_hidden_state, None
-    return found
+def from_file(spec, flag):
+    """What "FILE.py:NAME" names: somebody's own code, for the command line's `flag`. ValueError in one line."""
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py") or not os.path.isfile(path):
+        raise ValueError(f"{flag} {spec}: there is no such file; say FILE.py:NAME")
+    module_spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # as if it were run: it finds the files beside it
+    try:
+        module_spec.loader.exec_module(module)
+        return getattr(module, name)
+    except Exception as error:  # whatever it raises, the user must know that it came from there
+        raise ValueError(f"{flag} {spec}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
 
 
 @torch.no_grad()
-def bench(backbone, batch, device, compiled=False, rounds=5):
-    """Print speed, memory and accuracy of image encoder and decoder on this machine, random weights, beside others."""
+def bench(backbone, batch, device, compiled=False, against=(), rounds=5):
+    """Print speed, memory and accuracy of image encoder and decoder on this machine, with random weights.
+
+    against: (name, make) of other implementations; make(backbone, state_dict) gives an encoder, (N, 3, S, S) ->
+    (N, C, H, W), and an object with SamPredictor's methods, or None.
+    """
     torch.manual_seed(0)
     sam = build_sam(backbone)
     for name, parameter in sam.image_encoder.named_parameters():
         if "pos" in name:  # zero in a fresh model
             nn.init.normal_(parameter, std=0.02)
-    others = other_sams(backbone, sam.state_dict())
+    others = {name: make(backbone, sam.state_dict()) for name, make in against}
     sam.to(device)
     sizes, side = BACKBONES[backbone], sam.image_encoder.img_size
     x = torch.randn(batch, 3, side, side, device=device)
@@ -951,6 +944,7 @@ def main(argv=None):
     add("--bench", action="store_true", help="no picture: measure speed and memory here, with random weights")
     add("--batch", type=int, default=1, help="pictures at once, for --bench (default 1)")
     add("--compile", action="store_true", help="with --bench: also by torch.compile")
+    add("--against", nargs="+", default=[], metavar="FILE.py:NAME", help="with --bench: other implementations beside")
     args = parser.parse_args(argv)
     keep_freed_memory()
     if args.bench == bool(args.picture):
@@ -959,7 +953,8 @@ def main(argv=None):
         try:
             if args.batch < 1:
                 raise ValueError("--batch must be above 0")
-            bench(args.backbone, args.batch, torch.device(args.device), args.compile)
+            against = [(spec.rpartition(":")[2], from_file(spec, "--against")) for spec in args.against]
+            bench(args.backbone, args.batch, torch.device(args.device), args.compile, against)
         except (RuntimeError, ValueError, AssertionError) as error:
             parser.error(str(error).splitlines()[0])
         return 0

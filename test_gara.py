@@ -491,10 +491,14 @@ def test_sam_command_line_mistakes_end_in_one_line(tmp_path, tiny_files, capsys,
     assert run_cli(sam.main, picture, *tiny_files[1:], *point, *arguments) == 2
     assert one_error(capsys) and everything(tmp_path) == before
 
-def test_sam_bench(capsys, monkeypatch):
+def test_sam_bench(tmp_path, capsys, monkeypatch):
     """Finite rows, bfloat16 near float32, and a row that failed stays in the table."""
     monkeypatch.setattr(torch, "compile", lambda module: lambda x: 1 / 0)
-    assert run_cli(sam.main, "--bench", "--backbone", "vit_t", "--batch", 2, "--compile", "--device", "cpu") == 0
+    lines = ("import sam", "def other(backbone, weights):", "    model = sam.build_sam(backbone)",
+             "    model.load_state_dict(weights)", "    return model.image_encoder, sam.SamPredictor(model)")
+    (tmp_path / "other.py").write_text("\n".join(lines))
+    assert run_cli(sam.main, "--bench", "--backbone", "vit_t", "--batch", 2, "--compile", "--device", "cpu",
+                   "--against", f"{tmp_path / 'other.py'}:other") == 0
     text = capsys.readouterr().out
     lines = re.findall(r"^(\S.{20})  +(.*)$", text, re.M)
     rows = {name.strip(): re.split(r"  +", rest.strip()) for name, rest in lines}
@@ -502,8 +506,10 @@ def test_sam_bench(capsys, monkeypatch):
     difference, iou = rows["bfloat16"][-1].split(", ")
     assert 1e-5 < float(difference) < 0.1 and 0.9 < float(iou) < 1 and rows["float32"][-1] == "0e+00, 1.0000"
     assert "ZeroDivisionError" in rows["float32, compiled"][-1] and "GFLOP/s" in rows["matrix products alone"][-1]
-    assert len(re.findall(r"^(?:one call, 100 prompts|100 calls of predict) +[\d.]+ +\S+$", text, re.M)) == 2
-    for mistake in (["--batch", "0"], ["--device", "nonsense"], ["photo.jpg"]):
+    assert rows["other"][-1] == "0e+00, 1.0000"
+    found = re.findall(r"^(?:other: )?(?:one call, 100 prompts|100 calls of predict) +[\d.]+ +\S+$", text, re.M)
+    assert len(found) == 4
+    for mistake in (["--batch", "0"], ["--device", "nonsense"], ["photo.jpg"], ["--against", "none.py:x"]):
         assert run_cli(sam.main, "--bench", "--backbone", "vit_t", *mistake) == 2 and one_error(capsys)
 
 def test_the_multiplications_that_the_bench_counts(monkeypatch, capsys):
