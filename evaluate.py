@@ -202,7 +202,8 @@ def shared(args, models, dataset, number):
     that was interrupted left there is taken over, however many processes it had. Rows go to the first process alone.
     """
     about = dict(root=dataset.root, split=dataset.split, kind=dataset.kind, conditions=args.conditions, amp=args.amp,
-                 names=[sample.name for sample in dataset], batch_size=args.batch_size, torch=torch.__version__,
+                 names=[sample.name for sample in dataset], models=list(models), batch_size=args.batch_size,
+                 device=torch.device(args.device).type, torch=torch.__version__,
                  files=[digest(path) for path in (*args.ckpt, *(spec.rpartition(":")[0] for spec in args.predictor),
                                                   *(args.prompts or ())) if path != "sam"],
                  base=gara.fingerprint(models["SAM"]))
