@@ -3,7 +3,7 @@
     python evaluate.py --ckpt runs/vit_t_gara/gara.pt --data demo/              SAM beside GaRA, split test
     python evaluate.py --ckpt gara.pt lora.pt --checkpoint sam_vit_b_01ec64.pth --data robustseg/ --split lvis
     python evaluate.py --ckpt gara.pt --data bdd100k/ LIS/ --split val --no-corrupt         pictures as they are
-    python evaluate.py --ckpt gara.pt --predictor hq.py:predictor --data robustseg/         another project's model too
+    python evaluate.py --ckpt gara.pt --predictor hq.py:HQ_SAM --data robustseg/            another project's model too
     python evaluate.py --from results/results.json more/results.json    tables and figures again, from stored scores
 
 Every picture is taken clear and in each of the 15 corruptions, encoded once in each condition, and asked for every
@@ -41,7 +41,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import gara
 from sam import (BACKBONES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, from_file,
-                 keep_freed_memory, race)
+                 keep_freed_memory, megabytes, race)
 
 FORMAT = "gara-sam results 2"
 PROMPTS = ("point", "box")
@@ -256,9 +256,14 @@ def wait_for_all():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def at_full_strength(conditions):
-    """The benchmark's corruptions, without clear and without those of another strength ("fog@0.5")."""
-    return [condition for condition in conditions if condition != "clear" and "@" not in condition]
+def plain(conditions):
+    """Those at the benchmark's own strength: "clear" and "fog", not "fog@0.5"."""
+    return [condition for condition in conditions if "@" not in condition]
+
+
+def corrupted(conditions):
+    """Those whose mean is "degraded"."""
+    return [condition for condition in plain(conditions) if condition != "clear"]
 
 
 def summarize(images, models, conditions, average="masks"):
@@ -275,7 +280,7 @@ def summarize(images, models, conditions, average="masks"):
     masks = np.array([len(image["indices"]) for image in images], float)
     if average == "images":
         sums, masks = sums / masks[:, None, None, None], np.ones(len(images))
-    bad = at_full_strength(conditions)
+    bad = corrupted(conditions)
     for prompt in PROMPTS if bad else ():
         those = [columns.index(f"{prompt} {condition}") for condition in bad]
         sums = np.concatenate([sums, sums[:, :, those].mean(2, keepdims=True)], axis=2)
@@ -365,7 +370,7 @@ def print_tables(results, paper=None):
                     [[f"{model} - {other}", *(points_of(*difference(results, model, other, column))
                                               for column in columns)] for model, other in pairs])
         print("[95 % interval]; in round brackets: no larger than its noise.\n")
-    conditions = [condition for condition in results["conditions"] if "@" not in condition]
+    conditions = plain(results["conditions"])
     if len(conditions) > 1:
         rows = [[condition] + [f"{100 * results['means'][model][f'{prompt} {condition}'][0]:.1f}" for prompt in PROMPTS
                                for model in models] for condition in conditions]
@@ -525,11 +530,10 @@ def costs(models, about, sample, amp, rounds=5):
     for name, row in race(works, device, rounds).items():
         weights = is_sam(models[name]) and sum(t.numel() * t.element_size() for t in models[name].state_dict().values())
         learnable, file = about[name]["learnable_parameters"], about[name]["file"]
-        megabytes = f"{os.path.getsize(file) / 1e6:.1f}" if file else "-"
-        rows.append([name, f"{learnable:,}" if learnable else "-", megabytes] + (
+        size = f"{os.path.getsize(file) / 1e6:.1f}" if file else "-"
+        rows.append([name, f"{learnable:,}" if learnable else "-", size] + (
             ["-", row["failed"]] if "failed" in row else
-            [f"{(weights + row['peak']) / 1e6:,.0f}" if weights and row["peak"] is not None else "-",
-             f"{1 / row['seconds']:.2f}"]))
+            [megabytes(row["peak"], weights) if weights else "-", f"{1 / row['seconds']:.2f}"]))
     print_table(["model", "learnable parameters", "file MB", "peak memory MB", "images/s"], rows)
     print(f"One picture of {image.shape[1]} x {image.shape[0]} at a time, encoded, and one box answered; {device}, amp "
           f"{amp}, {torch.get_num_threads()} threads, median of {rounds} interleaved rounds.")
@@ -671,15 +675,9 @@ def panels(results, title, curves, styles, xs, labels, path, columns=4, high=470
     return save(page, bottom + 52 * len(notes) + 20, path)
 
 
-def plain(results):
-    """The conditions at the benchmark's own strength."""
-    return [condition for condition in results["conditions"] if "@" not in condition]
-
-
 def percent(results, model, column):
-    """Mean IoU of a column as "point fog", alone or with its interval: (IoU, low, high)."""
-    interval = results.get("intervals", {}).get(model, {}).get(column)
-    return tuple(100 * x for x in (results["means"][model][column][0], *(interval[0] if interval else ())))
+    """Mean IoU of a column as "point fog", and its interval: (IoU, low, high)."""
+    return tuple(100 * x for x in (results["means"][model][column][0], *results["intervals"][model][column][0]))
 
 
 def oracles(images, models, conditions):
@@ -708,7 +706,7 @@ def figure_corruptions(results, path):
     """Figure 2: IoU in each condition, a mark per model. Of several LoRAs it also shows the oracles: where ranks are
     best for different corruptions, Oracle-Corrupt lies above them all in "mean degraded"; where they are best for
     different images, Oracle-Instance lies higher still."""
-    conditions, models = plain(results), list(results["means"])
+    conditions, models = plain(results["conditions"]), list(results["means"])
     loras = [model for model in models if results["models"][model]["method"] == "lora"]
     best = oracles(results["images"], loras, conditions) if len(loras) > 1 else {}
     styles = styles_of(models) | {oracle: ORACLES[oracle] for oracle in best}
@@ -728,7 +726,7 @@ def figure_corruptions(results, path):
 
 def strengths(results):
     """{corruption: {strength: condition}}, 0 being "clear"; {} where no condition names a strength."""
-    found = {name: {0.0: "clear"} for name in plain(results) if name != "clear"}
+    found = {name: {0.0: "clear"} for name in corrupted(results["conditions"])}
     for condition in results["conditions"]:
         name, strength = data.name_and_strength(condition)
         if name in found:
@@ -784,7 +782,7 @@ def figure_gates(results, model, path):
     left of the red line; the darker, the more images have it on. Rows that differ show that the gates answer to the
     corruption, grey that they answer to the image. Right: mean number of components on; share of images in the
     higher-rank set."""
-    conditions, low = plain(results), results["models"][model]["options"].get("rank_low", 0)
+    conditions, low = plain(results["conditions"]), results["models"][model]["options"].get("rank_low", 0)
     unpacked = [unpack_gates(results, model, condition) for condition in conditions]
     on, higher = (np.stack([pair[k].mean(0) for pair in unpacked]) for k in (0, 1))  # (conditions, layers, ...)
     (_, layers, rank), line, left, gap = on.shape, 38, 330, 20 if low else 0
@@ -831,7 +829,7 @@ def temperatures(results):
 
 def figure_temperature(results, path):
     """Figure 5: IoU against the temperature that GaRA's Gumbel-Sigmoid was trained with. Flat: it matters little."""
-    models, kinds = temperatures(results), ["clear", "degraded"] if len(plain(results)) > 1 else ["clear"]
+    models, kinds = temperatures(results), ["clear", "degraded"] if len(plain(results["conditions"])) > 1 else ["clear"]
     curves = {f"{prompt} prompts": {kind: {np.log(t): percent(results, models[t], f"{prompt} {kind}") for t in models}
                                     for kind in kinds} for prompt in PROMPTS}
     xs = {np.log(t): f"{t:g}" for t in sorted(models)}
@@ -855,7 +853,7 @@ def paint(image, masks, scale):
 
 def picture(kept, models, path, title="Masks from three points"):
     """Figure 4: rows of the degraded picture with its points, the truth, each model's masks from the points with their
-    mean IoU. An object has one colour throughout its row. kept: see `evaluate`; "label" there is a row's remark."""
+    mean IoU. An object has one colour throughout its row. kept: see `samples_to_show`; label is a row's remark."""
     tile, pitch, titles, top = 480, 500, ["input and points", "truth", *models], 186
     scales = [tile / max(row["image"].shape[:2]) for row in kept]
     page = Image.new("RGB", (len(titles) * pitch + 60, 220 + len(kept) * (tile + 140)), "white")
@@ -874,15 +872,15 @@ def picture(kept, models, path, title="Masks from three points"):
                     dots.ellipse((px - 11, py - 11, px + 11, py + 11), COLOURS[k % len(COLOURS)], "white", 4)
             page.paste(view, (round(x - view.width / 2), top))
             write(page, (x, top + view.height + 8), text, 34, "ma", tile)
-        write(page, (40 + tile / 2, top + view.height + 50), row.get("label", ""), 34, "ma", tile, ink=GREY)
-        top += view.height + (134 if row.get("label") else 90)
+        write(page, (40 + tile / 2, top + view.height + 50), row["label"], 34, "ma", tile, ink=GREY)
+        top += view.height + (134 if row["label"] else 90)
     return save(page, top, path)
 
 
 def samples_to_show(results, models, datasets, args, rows=6):
     """For `picture`: those where the last model gains least, middling and most over the first, by points, each of
     another picture and corruption as far as they last. One model alone: where it is worst, middling and best."""
-    names, bad = list(models), at_full_strength(results["conditions"]) or ["clear"]
+    names, bad = list(models), corrupted(results["conditions"]) or ["clear"]
 
     def iou(image, model, condition):
         return float(np.mean(image["scores"][model][condition]["point"], axis=0)[0])
@@ -893,15 +891,14 @@ def samples_to_show(results, models, datasets, args, rows=6):
     ends = dict(least=ranked, middling=[ranked[place] for place in middle], most=ranked[::-1])
     chosen = []
     for kind, order in ends.items():
-        for fresh in (True, False):  # first other pictures and corruptions than those chosen, then any
-            for value, k, condition in order:
-                taken = {(k, condition) for _, _, k, condition in chosen}
-                clash = any(k == other or condition == that for other, that in taken)
-                if sum(this == kind for this, *_ in chosen) < rows // 3 and (k, condition) not in taken and not (
-                        fresh and clash):
-                    chosen.append((kind, value, k, condition))
+        for _ in range(rows // 3):
+            taken = [row for _, row in chosen]
+            left = [row for row in order if row not in taken]
+            others = (row for row in left if all(row[1] != k and row[2] != condition for _, k, condition in taken))
+            best = next(others, left[0] if left else None)  # another picture and corruption, or else any
+            chosen += [(kind, best)] if best else []
     shown = []
-    for kind, value, k, condition in chosen:
+    for kind, (value, k, condition) in chosen:
         row = results["images"][k]
         sample = datasets[args.data.index(row["data"])][row["at"]]
         masks, image = sample.masks(), sample.image(condition)
@@ -918,9 +915,9 @@ def figures(results, out):
     """Draws every figure that the results allow into folder `out`. Returns the paths."""
     os.makedirs(out, exist_ok=True)
     gated = [model for model, about in results["models"].items() if about["method"] not in ("sam", "lora")
-             and all(model in image.get("gates", {}) for image in results["images"])]
+             and all(model in image["gates"] for image in results["images"])]
     stronger, asked = bool(strengths(results)), []
-    asked += [("corruptions", figure_corruptions, ())] * (len(plain(results)) > 1)
+    asked += [("corruptions", figure_corruptions, ())] * (len(plain(results["conditions"])) > 1)
     asked += [("strength", figure_strength, ())] * stronger
     asked += [(f"gates_{model}", figure_gates, (model,)) for model in gated]
     asked += [(f"strength_gates_{model}", figure_strength_gates, (model,)) for model in gated if stronger]

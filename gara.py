@@ -427,7 +427,7 @@ def open_components(sam, count):
 
 def costs(backbone, batch, device, repeats=5):
     """Print learnable parameters, what a layer's q, k and v cost in training, and what GaRA adds to the encoder."""
-    from sam import BACKBONES, build_sam, print_rows, race
+    from sam import BACKBONES, build_sam, megabytes, print_rows, race
     rows = []
     with torch.device("meta"):
         for method in METHODS:
@@ -437,9 +437,6 @@ def costs(backbone, batch, device, repeats=5):
     print_rows(["method", "options", "parameters", "MB"], rows)
     print(f"{backbone}, batch {batch}, {device}, float32, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}, median of {repeats} interleaved rounds\n")
-
-    def memory(row):
-        return "-" if row["peak"] is None else f"{row['peak'] / 1e6:,.0f}"
 
     sizes, options = BACKBONES[backbone], default_options("gara", backbone)
     n, d, ranks = (sizes["image_size"] // sizes["patch"]) ** 2, sizes["d"], (options["rank_low"], options["rank_high"])
@@ -477,7 +474,7 @@ def costs(backbone, batch, device, repeats=5):
             y = exact["result"]
             error = f"{((row['result'] - y).abs().max() / y.abs().max()).item():.0e}"
         rows.append([name, "-", "-", row["failed"]] if "failed" in row else
-                    [name, f"{1e3 * row['seconds']:.1f}", memory(row), error])
+                    [name, f"{1e3 * row['seconds']:.1f}", megabytes(row["peak"]), error])
     print(f"one layer's q, k and v, forward and backward, {n} tokens of width {d}\n")
     print_rows(["", "ms", "peak MB", "largest difference"], rows)
 
@@ -499,7 +496,7 @@ def costs(backbone, batch, device, repeats=5):
         weights = sum(t.numel() * t.element_size() for t in (plain if name == "SAM" else adapted).state_dict().values())
         rows.append([name, "-", "-", row["failed"]] if "failed" in row else [
             name, f"{row['seconds']:.3f}", f"{batch / row['seconds']:.2f}",
-            "-" if row["peak"] is None else f"{(weights + row['peak']) / 1e6:,.0f}"])
+            megabytes(row["peak"], weights)])
     print("image encoder, inference\n")
     print_rows(["", "seconds", "images/s", "weights and peak MB"], rows)
 

@@ -798,6 +798,11 @@ def race(works, device, rounds=5):
     return done
 
 
+def megabytes(peak, weights=0):
+    """Bytes as PeakMemory gives them, with those of the weights, for a table; "-" where the system does not tell."""
+    return "-" if peak is None else f"{(peak + weights) / 1e6:,.0f}"
+
+
 def print_rows(heads, rows):
     """Columns of text, the first to the left and as wide as it needs."""
     widths = [max(len(row[k]) for row in (heads, *rows) if k < len(row)) for k in range(len(heads))]
@@ -879,7 +884,7 @@ def bench(backbone, batch, device, compiled=False, against=(), rounds=5):
         guess = sam.decode(result, boxes=boxes)[0] > 0
         iou = (guess & masks).sum((2, 3)) / (guess | masks).sum((2, 3)).clamp(min=1)
         rows.append([name, f"{row['seconds']:.3f}", f"{batch / row['seconds']:.2f}",
-                     "-" if row["peak"] is None else f"{row['peak'] / 1e6:,.0f}", f"{row['first']:.1f}",
+                     megabytes(row["peak"]), f"{row['first']:.1f}",
                      f"{((result - exact).abs().max() / exact.abs().max()).item():.0e}, {iou.mean().item():.4f}"])
     print_rows(["", "seconds", "images/s", "peak MB", "first call s", "largest difference, mask IoU"], rows)
 
@@ -897,7 +902,7 @@ def bench(backbone, batch, device, compiled=False, against=(), rounds=5):
     print(f"decoder, 100 points on one picture of {image.shape[1]} x {image.shape[0]}\n")
     print_rows(["", "seconds", "peak MB"], [
         [name, "-", row["failed"]] if "failed" in row else
-        [name, f"{row['seconds']:.3f}", "-" if row["peak"] is None else f"{row['peak'] / 1e6:,.0f}"]
+        [name, f"{row['seconds']:.3f}", megabytes(row["peak"])]
         for name, row in race(works, device, rounds).items()])
 
 
