@@ -479,20 +479,67 @@ def contrast(image, rng, strength=1.0):
     return through_table(image, (np.arange(256) - 128) * rng.uniform(1.6, 1.7) ** strength + 128)
 
 
+# ---- Two that are not in the benchmark ------------------------------------------------------------------------------
+# Stand-ins for real degradation: several causes at once, physics instead of Robust-Seg's accidents. Nothing that learns
+# from the 15 has seen them, so they ask what an adapter makes of a degradation of another kind.
+
+
+def night(image, rng, strength=1.0):
+    """A street camera at night, not in the benchmark: haze, too little light, a noisy sensor, a greedy encoder.
+
+    In linear light (the square of gamma-coded values is near enough): grey-orange haze takes 20-50 %, the exposure
+    falls by 3-4 stops, a sensor counts photons (400 at full scale) and adds its own noise of 2 of them, an automatic
+    gain gives half of the stops back, with warm colours; then JPEG at quality 15 to 30.
+    Strength multiplies haze's optical depth, the stops and the encoder's steps, and the noise's standard deviation.
+    """
+    depth, stops, warm = rng.uniform(0.22, 0.7), rng.uniform(3, 4), rng.uniform(1, 1.3)
+    coarseness, lamp = 50 / rng.uniform(15, 30), np.float32([0.5, 0.42, 0.33]) * rng.uniform(0.7, 1.1)
+    shine = math.exp(-strength * depth)
+    light = (shine * (np.float32(image) / 255) ** 2 + (1 - shine) * lamp) * 2 ** (-strength * stops)
+    dark = strength * rng.standard_normal((2, *image.shape), np.float32)
+    light += (np.sqrt(400 * light) * dark[0] + 2 * dark[1]) / 400
+    light *= 2 ** (strength * stops / 2) * np.float32([warm, 1, 1 / warm]) ** strength
+    quality = 100 - 50 * strength * coarseness if strength * coarseness < 1 else 50 / (strength * coarseness)
+    file = io.BytesIO()
+    Image.fromarray(truncate(255 * np.sqrt(light.clip(0, 1)))).save(
+        file, "JPEG", quality=max(1, round(quality)), subsampling="4:2:0")
+    return np.array(Image.open(file))
+
+
+def underwater(image, rng, strength=1.0):
+    """A diver's camera in turbid water, not in the benchmark: red is swallowed, all else veiled, blurred and dimmed.
+
+    Beer's law for each channel over 1-2 units of distance, with absorption 0.9, 0.35, 0.3 a unit; the light that is
+    scattered into the view is blue-green; scattering on the way blurs by 0.6-1.2 px; waves above throw bright and dark
+    bands of 25 %. Strength multiplies the distance, the blur and the depth of the bands.
+    """
+    H, W = image.shape[:2]
+    distance, veil = rng.uniform(1, 2), np.float32([0.1, 0.45, 0.5]) * rng.uniform(0.7, 1.1)
+    sigma, angle, wave = strength * rng.uniform(0.6, 1.2), rng.uniform(0, math.pi), rng.uniform(0.05, 0.2) * max(H, W)
+    ripple = 0.3 * wave * fractal_noise(rng, H, W, -2).astype(np.float32)
+    along = np.arange(H)[:, None] * math.sin(angle) + np.arange(W) * math.cos(angle)
+    bands = 1 + 0.25 * strength * np.sin(2 * math.pi / wave * (along + ripple)).astype(np.float32)
+    out = image * bands.clip(0)[..., None] * np.exp(-strength * distance * np.float32([0.9, 0.35, 0.3]))
+    out += 255 * veil * (1 - np.exp(-0.6 * strength * distance))
+    blur = gaussian(max(sigma, 1e-3), 6)
+    return truncate(correlate(correlate(out, blur[:, None]), blur[None]))
+
 CORRUPTIONS = {f.__name__: f for f in (
     snow, fog, rain, gauss_noise, ISO_noise, impulse_noise, resampling_blur, motion_blur, zoom_blur, color_jitter,
     compression, elastic_transform, frosted_glass_blur, brightness, contrast)}
+OTHERS = dict(night=night, underwater=underwater)
 
 
 def corrupt(image, name, seed=0, strength=1.0):
     """Degrade an image; equal arguments give equal pixels.
 
-    image: uint8 HxWx3 RGB, at least 16x16, left unmodified. name: a key of CORRUPTIONS. seed: any whole number >= 0.
+    image: uint8 HxWx3 RGB, at least 16x16, left unmodified. name: a key of CORRUPTIONS or OTHERS. seed: a whole number >= 0.
     strength: 0 (an exact copy) to 10; 1 is the benchmark. Returns a new uint8 HxWx3 array.
     Raises ValueError, in one line, for anything else.
     """
-    if not isinstance(name, str) or name not in CORRUPTIONS:
-        raise ValueError(f"unknown corruption {name!r}; choose one of: {', '.join(CORRUPTIONS)}")
+    functions = CORRUPTIONS | OTHERS
+    if not isinstance(name, str) or name not in functions:
+        raise ValueError(f"unknown corruption {name!r}; choose one of: {', '.join(functions)}")
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ValueError(f"image is {got}; pass a numpy array of dtype uint8 and shape (height, width, 3), RGB")
@@ -505,7 +552,7 @@ def corrupt(image, name, seed=0, strength=1.0):
     if strength == 0:
         return image.copy()
     rng = np.random.default_rng([int(seed), zlib.crc32(name.encode())])
-    return CORRUPTIONS[name](np.ascontiguousarray(image), rng, float(strength))
+    return functions[name](np.ascontiguousarray(image), rng, float(strength))
 
 
 # ---- Contact sheet --------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageOps
 
-from corruptions import CORRUPTIONS, corrupt
+from corruptions import CORRUPTIONS, OTHERS, corrupt
 
 CONDITIONS = ("clear", *CORRUPTIONS)
 PICTURES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
@@ -187,9 +187,9 @@ def name_and_strength(condition):
         strength = float(strength or 1)
     except ValueError:
         strength = -1
-    if name not in CONDITIONS or not 0 <= strength <= 10 or condition.startswith("clear@"):
-        raise DatasetError(f"no condition {condition!r}; there are: {', '.join(CONDITIONS)}, and all but clear with a "
-                           "strength, as fog@0.5")
+    if name not in (*CONDITIONS, *OTHERS) or not 0 <= strength <= 10 or condition.startswith("clear@"):
+        raise DatasetError(f"no condition {condition!r}; there are: {', '.join((*CONDITIONS, *OTHERS))}, and all but "
+                           "clear with a strength, as fog@0.5")
     return name, strength
 
 

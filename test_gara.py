@@ -2009,9 +2009,9 @@ def run_train(demo, out, *more):
     return run_cli(train.main, "--data", demo / "demo", "--checkpoint", demo / "w.pth", "--out", out, "--device", "cpu",
                    "--amp", "off", "--workers", 0, "--batch-size", 2, "--val-images", 1, *more)
 
-def examples_of(dataset, count=10**6, corrupt=True, **options):
-    return train.Examples(dataset, "vit_t", count, **dict(seed=0, masks_per_image=4, augment=False) | options,
-                          corrupt=corrupt)
+def examples_of(dataset, count=10**6, **options):
+    usual = dict(seed=0, masks_per_image=4, augment=False, conditions=data.CONDITIONS)
+    return train.Examples(dataset, "vit_t", count, **usual | options)
 
 def same(a, b):
     """Two examples, or two nested states, are equal in every bit."""
@@ -2123,7 +2123,7 @@ def test_conditions_are_drawn_evenly():
     deals = [drawn[k:k + 16] for k in range(0, 320, 16)]
     assert drawn == sample.asked and all(sorted(deal) == sorted(data.CONDITIONS) for deal in deals)
     assert len({deal[0] for deal in deals}) > 5  # in another order each time
-    assert {examples_of([sample], corrupt=False)[i]["condition"] for i in range(20)} == {"clear"}
+    assert {examples_of([sample], conditions=["clear"])[i]["condition"] for i in range(20)} == {"clear"}
 
 def mean_of_16_conditions(iou):
     return sum((15 * iou[f"{prompt} degraded"] + iou[f"{prompt} clear"]) / 16 for prompt in ("point", "box")) / 2

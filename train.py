@@ -40,7 +40,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import gara
-from corruptions import CORRUPTIONS
 from sam import BACKBONES, FILES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, keep_freed_memory
 
 # What a run uses where the command line is silent. The paper gives Adam, batch 8 and both prompt kinds. Its learning
@@ -66,10 +65,10 @@ class Examples(torch.utils.data.Dataset):
     A bad sample is replaced by the next one of the epoch; its error travels along in `bad`, for the main process.
     """
 
-    def __init__(self, samples, backbone, count, seed, masks_per_image, corrupt, augment, clear=None, size=None):
+    def __init__(self, samples, backbone, count, seed, masks_per_image, conditions, augment, clear=None, size=None):
         self.samples, self.count, self.seed, self.masks_per_image = samples, count, seed, masks_per_image
-        self.clear = clear  # the chance of a clear picture; None: as of each corruption, 1 in 16
-        self.conditions = data.CONDITIONS if corrupt else ("clear",)
+        self.clear = clear  # the chance of a clear picture; None: as of any other condition
+        self.conditions = conditions
         self.augment = augment
         self.size, self.patch = size or BACKBONES[backbone]["image_size"], BACKBONES[backbone]["patch"]
 
@@ -91,12 +90,13 @@ class Examples(torch.utils.data.Dataset):
         """A dict: name, condition, image uint8 (3, h, w), points (M, 3, 2), labels (M, 3), boxes (M, 4) and targets
         (M, 4H, 4W), M objects, coordinates in pixels of the scaled picture."""
         rng = np.random.default_rng(data.seed_of(self.seed, "example", i))
-        # Equal chance, dealt like cards: every 16 examples hold each condition once, so batches differ less.
+        # Equal chance, dealt like cards: of 16 conditions, every 16 examples hold each once, so batches differ less.
         deal, place = divmod(i, len(self.conditions))
         shuffled = np.random.default_rng(data.seed_of(self.seed, "conditions", deal)).permutation(len(self.conditions))
         condition = self.conditions[shuffled[place]]
-        if self.clear is not None and len(self.conditions) > 1:
-            condition = "clear" if rng.random() < self.clear else self.conditions[rng.integers(1, len(self.conditions))]
+        if self.clear is not None:
+            bad = [condition for condition in self.conditions if condition != "clear"]
+            condition = "clear" if rng.random() < self.clear or not bad else bad[rng.integers(len(bad))]
         image = sample.image(condition, seed=data.seed_of(self.seed, epoch, sample.name, condition))
         masks = sample.masks()
         if self.augment:
@@ -241,25 +241,29 @@ class Losses(torch.nn.Module):
 
 
 @torch.no_grad()
-def validate(sam, dataset, limit, corrupt, autocast):
+def validate(sam, dataset, limit, conditions, autocast):
     """Mean IoU over masks at the pictures' own resolution: {"box clear": ..., "box degraded", "point clear", ...}.
 
-    Up to `limit` pictures spread over the split, each clear and in one corruption that its name chooses. Prompts and
-    noise derive from names, so every call sees the same. Several processes share the pictures.
+    Up to `limit` pictures spread over the split, each clear, if that is one of the conditions, and in one of the others
+    that its name chooses. Prompts and noise derive from names, so every call sees the same. Several processes share the
+    pictures.
     """
     sam.eval()
-    predictor, names, scores, (process, processes) = SamPredictor(sam), tuple(CORRUPTIONS), {}, place()
+    predictor, scores, (process, processes) = SamPredictor(sam), {}, place()
+    bad = [condition for condition in conditions if condition != "clear"]
     for sample in data.spread(dataset, limit)[process::processes]:
-        conditions = ("clear", names[data.seed_of(sample.name) % len(names)]) if corrupt else ("clear",)
+        seen = {"clear": "clear"} if "clear" in conditions else {}
+        if bad:
+            seen["degraded"] = bad[data.seed_of(sample.name) % len(bad)]
         try:
             masks = sample.masks()
             points, boxes = (torch.from_numpy(p).to(sam.device) for p in sample.prompts(masks))
-            images = [sample.image(condition) for condition in conditions]
+            images = {kind: sample.image(condition) for kind, condition in seen.items()}
         except data.SampleError as error:
             report(dataset, error)
             continue
         truth = torch.from_numpy(masks).to(sam.device).float()
-        for kind, image in zip(("clear", "degraded"), images):
+        for kind, image in images.items():
             with autocast():
                 predictor.set_image(image)
                 coords = predictor.transform.apply_coords(points, predictor.original_size)
@@ -305,7 +309,12 @@ def build_model(args):
     options = {"gara": ("rank_low", "rank_high", "temperature"), "gara_flat": ("rank", "temperature"),
                "lora": ("rank",), "moe_lora": ("experts", "temperature")}[args.method]
     given = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
-    return gara.attach(sam, args.method, **given).to(args.device)
+    gara.attach(sam, args.method, **given)
+    for adapter in gara.adapters(sam) if args.gate_bias else ():
+        for name, G in adapter.gate.named_children():
+            if name != "G_0":  # it opens no component but chooses the set
+                G[-1].bias.data += args.gate_bias
+    return sam.to(args.device)
 
 
 def learning_rate(step, args):
@@ -333,9 +342,12 @@ class Run:
         self.losses = Losses(self.sam, args.pretrain)
         if args.processes > 1:  # averages the gradients; mask prompts are not trained with --pretrain
             self.losses = DistributedDataParallel(self.losses, find_unused_parameters=args.pretrain)
-        self.parameters = [p for p in self.sam.parameters() if p.requires_grad]
+        named = [(".gate." in name, p) for name, p in self.sam.named_parameters() if p.requires_grad]
+        self.parameters, gates = [p for _, p in named], [p for gate, p in named if gate]
+        groups = [dict(params=[p for gate, p in named if not gate], speed=1.0)]
+        groups += [dict(params=gates, speed=args.gate_lr)] if gates else []
         adam = torch.optim.AdamW if args.pretrain else torch.optim.Adam
-        self.optimizer = adam(self.parameters, lr=args.lr, weight_decay=args.weight_decay,
+        self.optimizer = adam(groups, lr=args.lr, weight_decay=args.weight_decay,
                               fused=args.device.type == "cuda")
         self.whole = args.pretrain or args.method == "full"  # then a checkpoint is a SAM, not an adapter
         self.result = FILES[args.backbone] if args.pretrain else f"{args.method}.pt"
@@ -366,7 +378,7 @@ class Run:
         # What the gates draw depends on the step alone, not on what came before: a resumed run draws the same.
         torch.manual_seed(data.seed_of(args.seed, "step", self.step, args.process))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, args)
+            group["lr"] = group["speed"] * learning_rate(self.step, args)
         self.optimizer.zero_grad(set_to_none=True)
         parts = [part for k in range(args.accumulate) if (part := share[k::args.accumulate])]
         means = {}
@@ -415,8 +427,9 @@ class Run:
     def validate(self, val_set):
         """Validate, keep the best, write a checkpoint."""
         args = self.args
-        scores = validate(self.sam, val_set, args.val_images, not (args.no_corrupt or args.pretrain), self.autocast)
-        weights = [15 if "degraded" in key else 1 for key in scores]  # the 16 conditions count alike, as in training
+        scores = validate(self.sam, val_set, args.val_images, args.conditions, self.autocast)
+        bad = len(set(args.conditions) - {"clear"})
+        weights = [bad if "degraded" in key else 1 for key in scores]  # all conditions count alike, as in training
         score = float(np.average(list(scores.values()), weights=weights))
         if args.process == 0:
             each = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
@@ -595,7 +608,7 @@ def steps(run, train_set, val_set, interrupt):
     """Train from run.step to the end, or until interrupted."""
     args = run.args
     examples = Examples(train_set, args.backbone, args.steps * args.batch_size, args.seed, args.masks_per_image,
-                        not (args.no_corrupt or args.pretrain), args.pretrain, args.clear, args.image_size)
+                        args.conditions, args.pretrain, args.clear, args.image_size)
     first, started, count = run.step, time.monotonic(), 0
     interval, waited, asked, written = started, 0.0, started, started
     for share in batches(examples, run.step, args):
@@ -736,6 +749,10 @@ def parse(argv):
     add("--rank", type=int, help="lora, gara_flat: components (default 16; vit_t 4)")
     add("--experts", type=lambda text: tuple(map(int, text.split(","))), help="moe_lora: ranks, as 2,16,128,256")
     add("--temperature", type=float, default=0.5, help="of the Gumbel-sigmoid")
+    add("--gate-bias", type=float, default=0.0, metavar="B", help="start with each component open with chance "
+        "sigmoid(B) (default 0; not in the paper)")
+    add("--gate-lr", type=float, default=1.0, metavar="X", help="the gates learn X times as fast as the rest (default "
+        "1; not in the paper)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="default 450 for vit_t, else 40000")
     length.add_argument("--epochs", type=float)
@@ -746,9 +763,11 @@ def parse(argv):
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="after a warm-up of 5 %% of the steps")
     add("--weight-decay", type=float, default=1e-5)
     add("--clip", type=float, help="largest norm of the gradient (default: none; 1 with --pretrain)")
-    add("--clear", type=float, metavar="P", help="chance of a clear picture, else a corruption (default: 1 in 16)")
+    add("--conditions", nargs="+", metavar="NAME", help="what pictures are trained and validated in (default: clear and "
+        "the 15 corruptions); also night and underwater, and strengths as fog@2")
+    add("--clear", type=float, metavar="P", help="chance of a clear picture (default: as of any other condition)")
     add("--seed", type=int, default=0)
-    add("--no-corrupt", action="store_true", help="use the pictures as they are")
+    add("--no-corrupt", action="store_true", help="use the pictures as they are: --conditions clear")
     add("--pretrain", action="store_true", help="train the whole model on clear pictures, from scratch or --checkpoint")
     add("--limit", type=int, help="only this many pictures of each training set, spread over it: for a try")
     add("--image-size", type=int, metavar="PIXELS", help="side of the square that the model sees (default 1024; vit_t "
@@ -767,7 +786,7 @@ def parse(argv):
     add("--val-images", type=int, default=64, help="pictures of the validation split used, at most")
     args = parser.parse_args(argv)
     for name in ("steps", "epochs", "batch_size", "accumulate", "masks_per_image", "lr", "clip", "temperature", "limit",
-                 "log_every", "save_minutes", "keep_every", "val_every", "val_images"):
+                 "gate_lr", "log_every", "save_minutes", "keep_every", "val_every", "val_images"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     for name, value in DEFAULTS[args.backbone].items():
@@ -788,6 +807,16 @@ def parse(argv):
         parser.error(f"--batch-size {args.batch_size} is too small for {args.processes} processes, who share a batch")
     if args.clear is not None and not 0 <= args.clear <= 1:
         parser.error("--clear is a chance, from 0 to 1")
+    if args.gate_bias and not args.method.startswith("gara"):
+        parser.error(f"--gate-bias: {args.method} has no gates that open components, gara and gara_flat have")
+    if args.conditions and (args.no_corrupt or args.pretrain):
+        parser.error("--conditions: --no-corrupt and --pretrain use the pictures as they are")
+    args.conditions = args.conditions or (["clear"] if args.no_corrupt or args.pretrain else list(data.CONDITIONS))
+    for condition in args.conditions:
+        try:
+            data.name_and_strength(condition)
+        except data.DatasetError as error:
+            parser.error(f"--conditions: {error}")
     try:
         gpu = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if args.processes > 1 else "cuda"
         args.device = torch.device(args.device or (gpu if torch.cuda.is_available() else "cpu"))
