@@ -5,6 +5,7 @@
     python evaluate.py --ckpt gara.pt --data bdd100k/ LIS/ --split val --no-corrupt         pictures as they are
     python evaluate.py --ckpt gara.pt --predictor hq.py:HQ_SAM --data robustseg/            another project's model too
     python evaluate.py --from results/results.json more/results.json    tables and figures again, from stored scores
+    python evaluate.py --study                          the paper's claims in miniature: trains, measures and reports
 
 Every picture is taken clear and in each of the 15 corruptions, encoded once in each condition, and asked for every
 object twice: by three points and by its box. Prompts and noise derive from the picture's name alone (see data.py), so
@@ -20,6 +21,7 @@ questions, so it is far narrower than the two intervals suggest. Only difference
 Written to `--out`: results.json (its form: see `measure`), results.csv (the means), and the figures as PNG.
 """
 import argparse
+import concurrent.futures
 import copy
 import csv
 import datetime
@@ -30,6 +32,7 @@ import io
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 
@@ -331,12 +334,11 @@ def points_of(mean, low, high):
     return text if low > 0 or high < 0 else f"({text})"
 
 
-def print_table(heads, rows, left=1):
-    """Markdown; the first `left` columns are text."""
-    print("| " + " | ".join(heads) + " |\n" + "|---" * left + "|---:" * (len(heads) - left) + "|")
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-    print()
+def table(heads, rows, left=1):
+    """Markdown, with an empty line below; the first `left` columns are text."""
+    lines = ["| " + " | ".join(row) + " |" for row in (heads, *rows)]
+    lines.insert(1, "|---" * left + "|---:" * (len(heads) - left) + "|")
+    return "\n".join(lines) + "\n"
 
 
 def print_tables(results, paper=None):
@@ -359,22 +361,22 @@ def print_tables(results, paper=None):
     for method, values in published(paper, results["backbone"]):
         rows.append([""] * several + [f"{method} (paper)"]
                     + [f"{value:.1f}" if value else "" for c in columns for value in values.get(c, (None, None))])
-    print_table(heads, rows, 1 + several)
+    print(table(heads, rows, 1 + several))
     print("±: half of the 95 % interval, by bootstrap over images." + (
         " Bold: better than every other model here, by a paired interval." if len(models) > 1 else "") + "\n")
     if len(models) > 1:
         best = max(models, key=lambda model: results["means"][model][columns[0]][0])
         pairs = [(model, models[0]) for model in models[1:]] + [
             (best, model) for model in models[1:] if model != best and best != models[0]]
-        print_table(["IoU, difference on the same masks", *columns],
+        print(table(["IoU, difference on the same masks", *columns],
                     [[f"{model} - {other}", *(points_of(*difference(results, model, other, column))
-                                              for column in columns)] for model, other in pairs])
+                                              for column in columns)] for model, other in pairs]))
         print("[95 % interval]; in round brackets: no larger than its noise.\n")
     conditions = plain(results["conditions"])
     if len(conditions) > 1:
         rows = [[condition] + [f"{100 * results['means'][model][f'{prompt} {condition}'][0]:.1f}" for prompt in PROMPTS
                                for model in models] for condition in conditions]
-        print_table(["IoU by condition", *(f"{prompt}: {model}" for prompt in PROMPTS for model in models)], rows)
+        print(table(["IoU by condition", *(f"{prompt}: {model}" for prompt in PROMPTS for model in models)], rows))
 
 
 def as_csv(results):
@@ -518,6 +520,7 @@ def read_results(path):
 
 def costs(models, about, sample, amp, rounds=5):
     """Print Table 8: a picture encoded and one box answered, by each model in turn, `rounds` times after a warm-up.
+    Returns it: {"heads": [...], "rows": [[...], ...]}.
 
     Memory is a model's own weights and what the work takes beyond them, at its peak.
     """
@@ -534,7 +537,8 @@ def costs(models, about, sample, amp, rounds=5):
         rows.append([name, f"{learnable:,}" if learnable else "-", size] + (
             ["-", row["failed"]] if "failed" in row else
             [megabytes(row["peak"], weights) if weights else "-", f"{1 / row['seconds']:.2f}"]))
-    print_table(["model", "learnable parameters", "file MB", "peak memory MB", "images/s"], rows)
+    heads = ["model", "learnable parameters", "file MB", "peak memory MB", "images/s"]
+    print(table(heads, rows))
     print(f"One picture of {image.shape[1]} x {image.shape[0]} at a time, encoded, and one box answered; {device}, amp "
           f"{amp}, {torch.get_num_threads()} threads, median of {rounds} interleaved rounds.")
     pictures, predictor = [image] * 4, SamPredictor(models["SAM"])
@@ -543,6 +547,7 @@ def costs(models, about, sample, amp, rounds=5):
     fast, slow = done["here"]["seconds"], done["loop"]["seconds"]
     print(f"All {len(masks)} objects of 4 pictures by points and by boxes: {fast:.2f} s, and {slow:.2f} s by a plain "
           f"loop of SamPredictor.predict, {slow / fast:.1f} times as long.\n")
+    return dict(heads=heads, rows=rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -578,7 +583,8 @@ def write(page, xy, text, size=34, anchor="la", room=None, angle=0, ink="black")
 
 def heading(page, title, results):
     """The title and, in grey, the data that a figure shows. Returns the y below them."""
-    images, masks = len(results["images"]), sum(len(image["indices"]) for image in results["images"])
+    pictures = {(image["data"], image["name"]): len(image["indices"]) for image in results["images"]}
+    images, masks = len(pictures), sum(pictures.values())
     shown = f"{', '.join(results['data'])[:70]}, {results['split']} split, {results['backbone']}; " \
             f"images: {images:,}, masks: {masks:,}"
     write(page, (40, 24), title, 48, room=page.width - 80)
@@ -927,6 +933,445 @@ def figures(results, out):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The study: the paper's claims in miniature, on the tiny SAM and the demo.
+# ---------------------------------------------------------------------------------------------------------------------
+# It runs train.py and this program, each job on one thread, as many side by side as there are cores: the seeds derive
+# from names, so that changes no digit. The report is made of what these jobs left in folders, and names them.
+
+UNSEEN = ["snow", "ISO_noise", "zoom_blur", "compression", "contrast"]  # one of weather, noise, blur, coding, light
+TEN = ["--conditions", *(condition for condition in data.CONDITIONS if condition not in UNSEEN)]
+# {run: (its name in tables, train.py's options)}. All have the same data, batches and learning rate ("full" a smaller
+# one: 1e-3 throws a whole encoder off) and, but for "long", steps. Ranks: vit_t is a fifth as wide as vit_b, so LoRA's
+# 2, 4, 16 and 64 stand for about 10, 20, 80 and 300 there, and GaRA's 4 and 48 for the paper's 16 and 256.
+LORA16, LORA64 = ["--method", "lora", "--rank", "16"], ["--method", "lora", "--rank", "64"]
+RUNS = {
+    "lora2": ("LoRA 2", ["--method", "lora", "--rank", "2"]), "lora4": ("LoRA 4", ["--method", "lora", "--rank", "4"]),
+    "lora16": ("LoRA 16", LORA16), "lora64": ("LoRA 64", LORA64),
+    "moe": ("MoE-LoRA 4, 48", ["--method", "moe_lora", "--experts", "4,48"]),
+    "flat_low": ("GaRA flat 4", ["--method", "gara_flat", "--rank", "4"]),
+    "flat_high": ("GaRA flat 48", ["--method", "gara_flat", "--rank", "48"]), "gara": ("GaRA", []),
+    "full": ("whole encoder", ["--method", "full", "--lr", "3e-4"]),
+    "gara_open": ("GaRA, components start open", ["--gate-bias", "2"]),
+    "gara_fast": ("GaRA, gates learn 10 times as fast", ["--gate-lr", "10"]),
+    "unseen_lora16": ("LoRA 16, ten seen", LORA16 + TEN), "unseen_lora64": ("LoRA 64, ten seen", LORA64 + TEN),
+    "unseen_gara": ("GaRA, ten seen", TEN),
+    "real_lora16": ("LoRA 16, night", [*LORA16, "--conditions", "night"]),
+    "real_lora64": ("LoRA 64, night", [*LORA64, "--conditions", "night"]),
+    "real_gara": ("GaRA, night", ["--conditions", "night"]),
+    "lora64_long": ("LoRA 64, three times as long", [*LORA64, "--steps", "LONG"]),
+    "gara_long": ("GaRA, three times as long", ["--steps", "LONG"]),
+    "gara_t0.1": ("GaRA, temperature 0.1", ["--temperature", "0.1"]),
+    "gara_t1": ("GaRA, temperature 1", ["--temperature", "1"]),
+    "gara_t2": ("GaRA, temperature 2", ["--temperature", "2"])}
+ADAPTED = ["lora2", "lora4", "lora16", "lora64", "moe", "flat_low", "flat_high", "gara", "full"]
+# {evaluation: (runs, this program's options)}, of each seed; PLAIN: scenes of the base model's own kind, without bold
+# patterns, which no adapter was trained on. "frozen": GaRA whose gates always choose what they choose most often.
+EVALUATIONS = {
+    "main": (ADAPTED, ["--data", "demo/", "PLAIN"]),
+    "frozen": (["frozen"], ["--data", "demo/"]),
+    "unseen": (["lora16", "lora64", "gara", "unseen_lora16", "unseen_lora64", "unseen_gara"],
+               ["--data", "demo/", "--conditions", "clear", *UNSEEN]),
+    "real": (["lora16", "lora64", "gara", "real_lora16", "real_lora64", "real_gara"],
+             ["--data", "demo/", "--conditions", "clear", "night", "underwater"]),
+    "gates": (["gara_open", "gara_fast"], ["--data", "demo/"]),
+    "temperature": (["gara_t0.1", "gara_t1", "gara_t2"], ["--data", "demo/"]),
+    "long": (["lora64_long", "gara_long"], ["--data", "demo/"]),
+    "strength": (["lora64", "gara"], ["--data", "demo/", "--strengths", "0.5", "1.5", "2"])}
+ONCE = ["strength"]  # of seed 0 alone
+FULL_STUDY = dict(seeds=3, steps=450, validations=5, pictures=128, leave=())
+QUICK_STUDY = dict(seeds=1, steps=100, validations=1, pictures=24, leave=(
+    "lora2", "flat_low", "full", "unseen_lora16", "real_lora16", "gara_t0.1", "gara_t1", "gara_open", "gara_fast",
+    "gara_long", "lora64_long"))
+
+
+def study_jobs(out, seeds, steps, validations, pictures, leave):
+    """{folder: (command, folders that must be there before)} in the order of the work. A command is what Python is
+    told, or a function. OUT/runs/RUN_SEED are runs of train.py, OUT/EVALUATION_SEED evaluations."""
+    here, scenes = os.path.dirname(os.path.abspath(__file__)), os.path.join(out, "plain")
+    jobs = {scenes: ([os.path.join(here, "data.py"), scenes, "--make-demo", "--patterned", "0", "--scenes", "8", "8",
+                      str(pictures // 2)], [])}
+    for seed in range(seeds):
+        at = {run: os.path.join(out, "runs", f"{run}_{seed}") for run in (*RUNS, "frozen")}
+        for run, (_, options) in RUNS.items():
+            if run not in leave:
+                options = [str(3 * steps) if word == "LONG" else word for word in options]
+                options += [] if "--steps" in options else ["--steps", str(steps)]
+                every = int(options[options.index("--steps") + 1]) // validations
+                jobs[at[run]] = [os.path.join(here, "train.py"), "--data", "demo/", "--seed", str(seed), "--out",
+                                 at[run], "--workers", "0", "--device", "cpu", "--val-every", str(every), *options], []
+        for name, (runs, options) in EVALUATIONS.items():
+            runs, folder = [run for run in runs if run not in leave], os.path.join(out, f"{name}_{seed}")
+            if not runs or name in ONCE and seed:
+                continue
+            if name == "frozen":
+                main = os.path.join(out, f"main_{seed}")
+                jobs[at["frozen"]] = functools.partial(freeze_gates, main, at["gara"], at["frozen"]), [main]
+            files = [os.path.join(at[run], adapter_file(run)) for run in runs]
+            options = [scenes if word == "PLAIN" else word for word in options]
+            count = pictures // 2 if name in ONCE else pictures
+            jobs[folder] = [os.path.join(here, "evaluate.py"), "--ckpt", *files, *options, "--limit", str(count),
+                            "--workers", "0", "--device", "cpu", "--out", folder], [*(at[run] for run in runs), scenes]
+    return jobs
+
+
+def adapter_file(run):
+    """What train.py calls the result of a run."""
+    words = RUNS.get(run, ("", []))[1]
+    return (words[words.index("--method") + 1] if "--method" in words else "gara") + ".pt"
+
+
+def freeze_gates(main, run, out):
+    """A control for GaRA: an adapter whose gates choose the same for every picture, what they chose most often in the
+    evaluation `main`: in each layer the set, and of it the components that were on in more than half of the cases."""
+    results, path = read_results(os.path.join(main, "results.json")), os.path.join(run, "gara.pt")
+    model = next(name for name, about in results["models"].items() if about["file"] == path)
+    pairs = [unpack_gates(results, model, condition) for condition in results["conditions"]]
+    vectors, spaces = (np.concatenate(part) for part in zip(*pairs))  # (cases, layers, components), (cases, layers)
+    sam = build_sam(results["backbone"], find_checkpoint(results["backbone"]))
+    gara.load_adapter(sam, path)
+    low = results["models"][model]["options"]["rank_low"]
+    with torch.no_grad():
+        for layer, adapter in enumerate(gara.adapters(sam)):
+            higher = spaces[:, layer].mean() > 0.5
+            on = vectors[spaces[:, layer] == higher, layer].mean(0) > 0.5
+            for G, choice in ((adapter.gate.G_0, [higher]), (adapter.gate.G_l, on[:low]), (adapter.gate.G_h, on[low:])):
+                G[-1].weight.zero_()
+                G[-1].bias.copy_(torch.from_numpy(np.array(choice) - 0.5))
+    os.makedirs(out, exist_ok=True)
+    gara.save_adapter(sam, os.path.join(out, "gara.pt"))
+
+
+def run_jobs(jobs, out, at_once):
+    """Does what is not done yet, `at_once` jobs side by side. OUT/jobs/NAME.txt is what a job printed, NAME.json says
+    that it is done, by which command and in how many seconds. RuntimeError, in one line, when one fails."""
+    place, running, counted, futures = os.path.join(out, "jobs"), set(), [], {}
+    os.makedirs(place, exist_ok=True)
+
+    def name_of_job(folder):
+        return os.path.relpath(folder, out).replace(os.sep, "_")
+
+    def do(folder):
+        command, before = jobs[folder]
+        for other in before:
+            futures[other].result()
+        done, log = (os.path.join(place, name_of_job(folder) + end) for end in (".json", ".txt"))
+        words = command if isinstance(command, list) else [command.func.__name__, *command.args]
+        if os.path.exists(done):
+            with open(done) as file:
+                before = json.load(file)["command"]
+            if before[1:] != words[1:]:
+                raise RuntimeError(f"{folder} is of another study ({' '.join(before[1:])}): choose another --out")
+            return
+        begun = time.monotonic()
+        if callable(command):
+            command()
+        else:
+            more = ["--resume"] if os.path.exists(os.path.join(folder, "last.pt")) else []
+            with open(log, "a") as file:
+                process = subprocess.Popen([sys.executable, *command, *more], stdout=file, stderr=file,
+                                           env=os.environ | dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"))
+                running.add(process)
+                code = process.wait()
+                running.remove(process)
+            if code:
+                with open(log) as file:
+                    last = ([line.strip() for line in file if line.strip()] or ["it printed nothing"])[-1]
+                raise RuntimeError(f"{folder}: {last} (exit code {code}; all of it in {log})")
+        seconds = time.monotonic() - begun
+        data.save_text(json.dumps(dict(command=words, seconds=round(seconds, 1))), done)
+        counted.append(seconds)
+        left = sum(not os.path.exists(os.path.join(place, name_of_job(other) + ".json")) for other in jobs)
+        rest = datetime.timedelta(seconds=round(left * np.mean(counted) / at_once))
+        print(f"{len(jobs) - left}/{len(jobs)}  {folder}  {seconds:.0f} s  about {rest} left", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        for folder in jobs:
+            futures[folder] = pool.submit(do, folder)
+        try:
+            for future in concurrent.futures.as_completed(futures.values()):
+                future.result()
+        finally:  # one has failed, or Ctrl-C: the others save what they have, so the same command goes on
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()
+
+
+def runs_in(results):
+    """{run, or "SAM": the name of its model} of a results.json."""
+    return {os.path.basename(os.path.dirname(about["file"])).rpartition("_")[0] if about["file"] else "SAM": model
+            for model, about in results["models"].items()}
+
+
+def gather(out, name, seeds, root):
+    """Evaluation `name` of all seeds, on the pictures of one root: (values, masks, conditions). values {run, or "SAM":
+    IoU summed over the masks of each picture, (seeds, pictures, 2 prompts, conditions)}; masks of each picture."""
+    found = {}
+    for seed in range(seeds):
+        results = read_results(os.path.join(out, f"{name}_{seed}", "results.json"))
+        images = [image for image in results["images"] if image["data"] == root]
+        for run, model in runs_in(results).items():
+            found.setdefault(run, []).append([[[np.sum(image["scores"][model][condition][prompt], axis=0)[0]
+                                                for condition in results["conditions"]] for prompt in PROMPTS]
+                                              for image in images])
+    masks = np.array([len(image["indices"]) for image in images], float)
+    return {run: np.array(values) for run, values in found.items()}, masks, results["conditions"]
+
+
+def estimate(sums, masks):
+    """(mean over masks and seeds, low, high, [of each seed]) of sums (seeds, pictures). The 95 % interval draws
+    pictures and seeds again, so it covers both; of three seeds that is rough, so each is shown beside."""
+    (seeds, pictures), rng = sums.shape, np.random.default_rng(data.seed_of("study"))
+    drawn = [rng.multinomial(n, np.full(n, 1 / n), DRAWS).astype(float) for n in (seeds, pictures)]
+    means = (drawn[0] / seeds @ sums * drawn[1]).sum(1) / (drawn[1] @ masks)
+    each = sums.sum(1) / masks.sum()
+    return each.mean(), *np.percentile(means, (2.5, 97.5)), each.tolist()
+
+
+def column(values, conditions, prompt, kind):
+    """Of values (..., 2 prompts, conditions) one column: a condition, or "degraded", the mean of all but clear."""
+    those = [conditions.index(c) for c in (corrupted(conditions) if kind == "degraded" else [kind])]
+    return values[..., PROMPTS.index(prompt), those].mean(-1)
+
+
+def study_table(found, runs, kinds=("degraded", "clear"), against=None):
+    """Markdown: mean IoU of the runs that there are; or, with `against`, that run less each of them, and by seed."""
+    values, masks, conditions = found
+    heads, rows = [f"{prompt} {kind}" for prompt in PROMPTS for kind in kinds], []
+    for run in runs:
+        if run in values and run != against:
+            cells = []
+            for prompt, kind in (head.split(" ") for head in heads):
+                of = column(values[run], conditions, prompt, kind)
+                if against:
+                    *found, each = estimate(column(values[against], conditions, prompt, kind) - of, masks)
+                    each = " ".join(f"{100 * x:+.1f}" for x in each)
+                    cells.append(points_of(*found) + (f"; {each}" if len(of) > 1 else ""))
+                else:
+                    cells.append(percent_of(*estimate(of, masks)[:3]))
+            rows.append([label_of(run) if not against else f"{label_of(against)} - {label_of(run)}", *cells])
+    return table(["IoU", *heads], rows)
+
+
+def label_of(run):
+    """What tables call a run."""
+    return RUNS[run][0] if run in RUNS else dict(frozen="GaRA, its gates frozen").get(run, run)
+
+
+def gate_vectors(out, name, seed, run):
+    """All the decisions of a run in an evaluation: (bool (pictures, conditions, layers, components), spaces (pictures,
+    conditions, layers), components of the lower-rank set, conditions), of demo/'s pictures."""
+    results = read_results(os.path.join(out, f"{name}_{seed}", "results.json"))
+    model = runs_in(results)[run]
+    results["images"] = [image for image in results["images"] if image["data"] == "demo/"]
+    vectors, spaces = (np.stack(part, axis=1) for part in zip(*(
+        unpack_gates(results, model, condition) for condition in results["conditions"])))
+    return vectors, spaces, results["models"][model]["options"]["rank_low"], results["conditions"]
+
+
+def gate_variance(vectors):
+    """What gates answer to: the shares of their variance that the corruption explains, the picture, and neither (for
+    that picture in that corruption alone). vectors (pictures, conditions, ...): analysis of variance, summed over
+    gates. (0, 0, 0) when no gate ever changes."""
+    x = vectors.reshape(*vectors.shape[:2], -1).astype(float)
+    x -= x.mean((0, 1))
+    total = (x ** 2).mean((0, 1)).sum()
+    shares = [(x.mean(axis) ** 2).mean(0).sum() / max(total, 1e-12) for axis in (0, 1)]
+    return (*shares, 1 - sum(shares)) if total > 1e-12 else (0.0, 0.0, 0.0)
+
+
+def shuffled(vectors, rng):
+    """The control: each picture's conditions dealt anew, so that nothing of the corruption is left."""
+    return np.stack([picture[rng.permutation(len(picture))] for picture in vectors])
+
+
+def probe(vectors, rng):
+    """Can the corruption be read from the gates? The share of right answers of a linear classifier (ridge regression
+    on one column per condition) that learned on half of the pictures, on the other half. Chance: 1 / conditions."""
+    pictures, conditions = vectors.shape[:2]
+    x = vectors.reshape(pictures, conditions, -1).astype(float)
+    order, right = rng.permutation(pictures), []
+    for test in np.array_split(order, 2):
+        train = np.setdiff1d(order, test)
+        known, asked = (np.concatenate([x[part], np.ones((len(part), conditions, 1))], 2) for part in (train, test))
+        flat, answers = known.reshape(-1, known.shape[2]), np.tile(np.eye(conditions), (len(train), 1))
+        weights = np.linalg.solve(flat.T @ flat + 3 * np.eye(flat.shape[1]), flat.T @ answers)
+        right.append((asked @ weights).argmax(2) == np.arange(conditions))
+    return float(np.concatenate(right).mean())
+
+
+def study_gates(out, name, runs, seeds):
+    """Markdown: what the gates of each run answer to, beside the same with shuffled conditions; and what each layer
+    of each seed does."""
+    rows, layers = [], []
+    for run in runs:
+        parts, rng = [], np.random.default_rng(data.seed_of("gates", run))
+        for seed in range(seeds):
+            vectors, spaces, low, conditions = gate_vectors(out, name, seed, run)
+            control = shuffled(vectors, rng)
+            rate = vectors.mean((0, 1))  # (layers, components)
+            parts.append([*gate_variance(vectors), gate_variance(control)[0], probe(vectors, rng), probe(control, rng),
+                          (rate == 1).mean(), (rate == 0).mean(), (spaces == 1).mean(), vectors.sum(3).mean()])
+            layers.append([label_of(run), str(seed), *(
+                f"{100 * (spaces[..., k] == 1).mean():.0f} %, {vectors[..., k, :].sum(2).mean():.0f} on, "
+                f"{((rate[k] > 0) & (rate[k] < 1)).sum()} switch" for k in range(vectors.shape[2]))])
+        *shares, counts = zip(*parts)  # each of all seeds
+        rows.append([label_of(run), *("; ".join(f"{100 * x:.0f} %" for x in share) for share in shares),
+                     "; ".join(f"{count:.1f}" for count in counts)])
+    return (table(["gates, by seed", "explained by corruption", "by picture", "by both together",
+                   "by corruption, shuffled", "probe reads the corruption", "probe, shuffled", "always on",
+                   "always off", "in the higher-rank set", "on in a layer"], rows)
+            + table(["share in the higher-rank set, components on, components that switch", "seed",
+                     *(f"layer {k}" for k in range(len(layers[0]) - 2))], layers, 2))
+
+
+def pooled(out, name, runs, seeds):
+    """Evaluation `name` of all seeds as one results.json, for figures: the models are the runs, each picture stands
+    there once for each seed, and means and intervals are those of `estimate`."""
+    values, masks, conditions = gather(out, name, seeds, "demo/")
+    whole = dict(images=[], models={}, means={}, intervals={}, conditions=conditions, data=["demo/"])
+    for seed in range(seeds):
+        results = read_results(os.path.join(out, f"{name}_{seed}", "results.json"))
+        named = {run: model for run, model in runs_in(results).items() if run in runs}
+        whole |= {key: results[key] for key in ("split", "backbone")}
+        whole["models"] |= {label_of(run): results["models"][model] for run, model in named.items()}
+        whole["images"] += [image | {kind: {label_of(run): image[kind][model] for run, model in named.items()
+                                            if model in image[kind]} for kind in ("scores", "gates")}
+                            for image in results["images"] if image["data"] == "demo/"]
+    for run in runs:
+        found = {f"{prompt} {kind}": estimate(column(values[run], conditions, prompt, kind), masks)[:3]
+                 for prompt in PROMPTS for kind in (*plain(conditions), "degraded") if run in values}
+        if found:
+            whole["means"][label_of(run)] = {key: [mean] for key, (mean, *_) in found.items()}
+            whole["intervals"][label_of(run)] = {key: [interval] for key, (_, *interval) in found.items()}
+    return whole
+
+
+def study_oracles(out, ranks, seeds):
+    """Markdown: LoRA's oracles of Section 3.2, and the control that the paper lacks. Choosing the best of several
+    answers by the truth gains even if they differ by chance alone: so the same is done with three seeds of one rank
+    instead of three ranks of one seed. Only what ranks gain beyond seeds is a reason to choose ranks."""
+    whole, rows = pooled(out, "main", ranks, seeds), []
+    pictures = len(whole["images"]) // seeds
+    of_seed = [whole["images"][seed * pictures:(seed + 1) * pictures] for seed in range(seeds)]
+
+    def row(name, images, models):
+        found = oracles(images, models, whole["conditions"])
+        means = {model: [oracles(images, [model], whole["conditions"])["Oracle-Corrupt"]["iou"][f"{prompt} degraded"]
+                         for prompt in PROMPTS] for model in models}
+        best = max(means.values(), key=sum)
+        rows.append([name, *(f"{100 * a:.1f}, {100 * (b - a):+.1f}, {100 * (c - a):+.1f}" for a, b, c in zip(
+            best, *([found[oracle]["iou"][f"{prompt} degraded"] for prompt in PROMPTS] for oracle in ORACLES)))])
+
+    models, three = list(whole["models"]), list(whole["models"])[-3:]
+    for seed in range(seeds):
+        row(f"ranks {', '.join(model.split()[-1] for model in models)}, seed {seed}", of_seed[seed], models)
+    for seed in range(seeds if seeds > 2 else 0):
+        row(f"ranks {', '.join(model.split()[-1] for model in three)}, seed {seed}", of_seed[seed], three)
+    for model in models if seeds > 2 else ():
+        images = [image | dict(scores={str(k): of_seed[k][n]["scores"][model] for k in range(3)})
+                  for n, image in enumerate(of_seed[0])]
+        row(f"control: 3 seeds of {model}", images, ["0", "1", "2"])
+    return table(["best single, Oracle-Corrupt's gain, Oracle-Instance's gain", "point degraded", "box degraded"], rows)
+
+
+def write_report(out, plan):
+    """OUT/report.md and its figures, of what the jobs left."""
+    seeds, leave, scenes = plan["seeds"], plan["leave"], os.path.join(out, "plain")
+    adapted, text = [run for run in ADAPTED if run not in leave], []
+    main, style = (gather(out, "main", seeds, root) for root in ("demo/", scenes))
+    first = read_results(os.path.join(out, "main_0", "results.json"))
+    demo = [image for image in first["images"] if image["data"] == "demo/"]
+
+    def say(*lines):
+        text.extend([*lines, ""])
+
+    def figure(draw, results, *more, name):
+        say(f"![{name}]({os.path.basename(draw(results, *more, os.path.join(out, name + '.png')))})")
+
+    say("# GaRA-SAM in miniature", f"The tiny SAM (vit_t), {seeds} seeds, {plan['steps']} steps of 16 pictures, "
+        f"{len(demo)} test scenes, {int(main[1].sum())} masks; torch {first['torch']}, {first['machine']}. Mean IoU "
+        "over masks and seeds in percent, ± half of the 95 % interval, which draws pictures and seeds again. "
+        "Differences: [the interval], then that of each seed; in round brackets: no larger than its noise.")
+    say("## 1. SAM degrades", f"`{out}/main_0`, `{out}/strength_0`.")
+    values, masks, conditions = main
+    say(table(["SAM, IoU", *PROMPTS], [[condition, *(
+        percent_of(*estimate(column(values["SAM"], conditions, prompt, condition), masks)[:3])
+        for prompt in PROMPTS)] for condition in conditions]))
+    figure(figure_strength, read_results(os.path.join(out, "strength_0", "results.json")), name="strength")
+    ranks = [run for run in adapted if run.startswith("lora")]
+    say("## 2. Is another rank best for another corruption, or picture?", f"`{out}/main_*`.")
+    say(study_oracles(out, ranks, seeds))
+    figure(figure_corruptions, pooled(out, "main", ranks, seeds), name="ranks")
+    say("## 3. GaRA beside the others", f"`{out}/main_*`. On the demo's scenes:")
+    say(study_table(main, ["SAM", *adapted]), study_table(main, ["SAM", *adapted], against="gara"))
+    say("On scenes of the base model's kind, without bold patterns, which no adapter was trained on:")
+    say(study_table(style, ["SAM", *adapted]), study_table(style, ["SAM", *adapted], against="gara"))
+    say(training_costs(out, adapted))
+    say("## 4. Corruptions that were not trained on", f"`{out}/unseen_*`. Tested on {', '.join(UNSEEN)}.")
+    unseen = gather(out, "unseen", seeds, "demo/")
+    runs = [run for run in EVALUATIONS["unseen"][0] if run not in leave]
+    say(study_table(unseen, ["SAM", *runs]), study_table(unseen, ["SAM", *runs], against="unseen_gara"))
+    say("## 5. Training on degraded pictures alone", f"`{out}/real_*`. Trained on night alone, or on clear and the 15.")
+    real, kinds = gather(out, "real", seeds, "demo/"), ("night", "underwater", "clear")
+    runs = [run for run in EVALUATIONS["real"][0] if run not in leave]
+    say(study_table(real, ["SAM", *runs], kinds), study_table(real, ["SAM", *runs], kinds, "real_gara"))
+    say("## 6. Temperature", f"`{out}/temperature_*`.")
+    warm = gather(out, "temperature", seeds, "demo/")
+    warm[0]["gara"] = values["gara"]
+    say(study_table(warm, [*(run for run in RUNS if run.startswith("gara_t")), "gara"]))
+    gated = {"main": ["gara"]} | {name: EVALUATIONS[name][0] for name in ("gates", "temperature", "long")}
+    say("## 7. What the gates do", "".join(study_gates(out, name, [
+        run for run in runs if run not in leave and run.startswith("gara")], seeds) for name, runs in gated.items()
+        if any(run not in leave for run in runs)))
+    figure(figure_gates, pooled(out, "main", ["gara"], seeds), "GaRA", name="gates")
+    control = gather(out, "frozen", seeds, "demo/")
+    others = {} if "gara_long" in leave else gather(out, "gates", seeds, "demo/")[0] | gather(
+        out, "long", seeds, "demo/")[0]
+    control[0].update(others | {run: values[run] for run in ("gara", "lora64")})
+    runs = ["gara", "frozen", *EVALUATIONS["gates"][0], "lora64", "lora64_long", "gara_long"]
+    say("Frozen: an adapter whose gates choose for every picture what they choose most often.")
+    say(study_table(control, runs), study_table(control, runs, against="gara"))
+    say("## 8. Cost", f"`{out}/cost`.")
+    cost = read_results(os.path.join(out, "cost", "results.json"))["costs"]
+    say(table(cost["heads"], cost["rows"]))
+    say("## The commands")
+    for name in sorted(os.listdir(os.path.join(out, "jobs"))):
+        if name.endswith(".json"):
+            with open(os.path.join(out, "jobs", name)) as file:
+                job = json.load(file)
+            words = [os.path.relpath(word) if os.path.isabs(word) else word for word in job["command"]]
+            say(f"    {' '.join(words)}    # {job['seconds']:.0f} s")
+    data.save_text("\n".join(text), os.path.join(out, "report.md"))
+
+
+def training_costs(out, runs):
+    """Markdown: what learns, and how fast."""
+    rows = []
+    for run in runs:
+        place = os.path.join(out, "runs", f"{run}_0")
+        with open(os.path.join(place, "run.json")) as file:
+            count = json.load(file)["learnable_parameters"]
+        with open(os.path.join(place, "log.jsonl")) as file:
+            speed = np.median([line["images_per_second"] for line in map(json.loads, file) if "loss" in line])
+        rows.append([label_of(run), f"{count:,}", f"{speed:.1f}"])
+    return table(["training", "learnable parameters", "images/s, one thread"], rows)
+
+
+def study(args):
+    """`--study`: every job that is not done yet, then the report."""
+    plan = QUICK_STUDY if args.quick else FULL_STUDY
+    data.make_missing_demo("demo/")
+    run_jobs(study_jobs(args.out, **plan), args.out, args.jobs)
+    cost = os.path.join(args.out, "cost")
+    files = [os.path.join(args.out, "runs", f"{run}_0", adapter_file(run)) for run in ADAPTED
+             if run not in plan["leave"]]
+    run_jobs({cost: ([os.path.abspath(__file__), "--ckpt", *files, "--data", "demo/", "--no-corrupt", "--limit", "1",
+                      "--costs", "--workers", "0", "--device", "cpu", "--out", cost], [])}, args.out, 1)
+    write_report(args.out, plan)
+    print(f"written: {os.path.join(args.out, 'report.md')}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -947,7 +1392,12 @@ def load_models(ckpts, backbone, checkpoint, device, predictors=()):
     """(models, about, backbone): {"SAM": plain SAM, and one entry per adapter file and plugged predictor}; what
     results.json says of each, by the same names. All SAMs share the frozen weights."""
     paths = [path for path in ckpts if path != "sam"]
-    contents = {path: gara.read_adapter(path) for path in paths}
+    contents, whole = {}, []
+    for path in paths:
+        try:
+            contents[path] = gara.read_adapter(path)
+        except gara.WholeModel:
+            whole.append(path)
     named = {content["backbone"] for content in contents.values()} | ({backbone} if backbone else set())
     if len(named) > 1:
         raise ValueError(f"--ckpt and --backbone name different backbones ({', '.join(sorted(named))}): one at a time")
@@ -968,6 +1418,10 @@ def load_models(ckpts, backbone, checkpoint, device, predictors=()):
         models[name].to(device).eval()
         count = sum(value.numel() for value in gara.adapter_state(models[name]).values())
         about[name] = dict(file=path, method=content["method"], options=content["options"], learnable_parameters=count)
+    for path in whole:
+        name = f"SAM ({path})"
+        models[name] = build_sam(backbone, path, *sizes).to(device)
+        about[name] = dict(file=path, method="full", options={}, learnable_parameters=None)
     for spec in predictors:
         name = spec.rpartition(":")[2]
         name = name if name not in models else f"{name} ({spec})"
@@ -994,7 +1448,8 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     add = parser.add_argument
-    add("--ckpt", nargs="+", default=["sam"], help="adapter files; 'sam' is plain SAM, which is always measured too")
+    add("--ckpt", nargs="+", default=["sam"], help="adapter files, or whole SAMs as train.py --method full makes them; "
+        "'sam' is plain SAM, which is always measured too")
     add("--predictor", nargs="+", default=[], metavar="FILE.py:NAME", help="other models: objects with SamPredictor's "
         "set_image and predict, or what makes one")
     add("--data", nargs="+", metavar="ROOT", help="dataset folders of any kind that data.py reads (demo/ is made if it "
@@ -1006,34 +1461,44 @@ def parse(argv):
     add("--split", default="test")
     add("--backbone", choices=BACKBONES, help="only needed without adapters (default vit_t)")
     add("--checkpoint", help="SAM weights; default: assets/, checkpoints/, the torch hub cache, else downloaded")
-    add("--no-corrupt", action="store_true", help="use the pictures as they are")
+    add("--conditions", nargs="+", metavar="NAME", help="what to take the pictures in (default: clear and the 15 "
+        "corruptions); also night and underwater")
+    add("--no-corrupt", action="store_true", help="use the pictures as they are: --conditions clear")
     add("--strengths", nargs="+", type=float, default=[], metavar="S", help="also corrupt this strongly (0.5 1.5 2), "
         "beside the benchmark's strength 1: for curves of robustness")
     add("--average", choices=("masks", "images"), help="what counts alike in a mean (default masks, as in the paper)")
     add("--paper", choices=PAPER_SETS, help="print the paper's figures for this set below ours")
     add("--costs", action="store_true", help="also measure memory and speed")
     add("--limit", type=int, help="only this many pictures, spread over the split")
-    add("--out", default="results", help="folder for results.json, results.csv and the figures (default results/)")
+    add("--study", action="store_true", help="train and measure all that the paper claims, in miniature; goes on where "
+        "it was stopped, and writes report.md into --out (default study/)")
+    add("--quick", action="store_true", help="with --study: less of everything, a quarter of an hour (study_quick/)")
+    add("--jobs", type=int, help="with --study: how many run side by side, a thread each (default: the cores)")
+    add("--out", help="folder for results.json, results.csv and the figures (default results/)")
     add("--batch-size", type=int, default=4, help="conditions of a picture that are encoded at once")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     add("--amp", choices=("off", "bf16"), default="off", help="bf16: the encoder in bfloat16")
     add("--workers", type=int, help="loader processes (default: half the cores, at most 8)")
     args = parser.parse_args(argv)
-    if bool(args.data) == bool(args.stored):
-        parser.error("say --data ROOT to measure, or --from results.json to draw what was measured")
-    for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0)):
+    if bool(args.data) + bool(args.stored) + args.study != 1:
+        parser.error("say --data ROOT to measure, --from results.json to draw what was measured, or --study")
+    if (args.quick or args.jobs) and not args.study:
+        parser.error("--quick and --jobs belong to --study")
+    args.out = args.out or ("study_quick" if args.quick else "study" if args.study else "results")
+    args.jobs = args.jobs or os.cpu_count() or 1
+    for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0), ("jobs", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more")
-    if args.no_corrupt and args.strengths:
-        parser.error("--strengths needs corruptions: leave --no-corrupt out")
+    if args.no_corrupt and (args.strengths or args.conditions):
+        parser.error("--no-corrupt leaves no corruptions for --strengths or --conditions")
     strengths = sorted({s for s in args.strengths if s not in (0, 1)})  # those are "clear" and "fog"
-    args.conditions = ["clear"] if args.no_corrupt else [
-        *data.CONDITIONS, *(f"{name}@{s:g}" for s in strengths for name in data.CONDITIONS[1:])]
+    args.conditions = list(dict.fromkeys(["clear"] if args.no_corrupt else args.conditions or data.CONDITIONS))
+    args.conditions += [f"{name}@{s:g}" for s in strengths for name in corrupted(args.conditions)]
     for condition in args.conditions:
         try:
             data.name_and_strength(condition)
         except data.DatasetError as error:
-            parser.error(f"--strengths: {error}")
+            parser.error(f"--{'strengths' if args.strengths else 'conditions'}: {error}")
     args.process, args.processes = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     if args.workers is None:
         args.workers = min(8, (os.cpu_count() or 2) // 2 // args.processes)
@@ -1048,7 +1513,7 @@ def measure(args, models, about, backbone):
     format, data (roots), split, backbone, ckpt, prompts (files), amp, average, torch, machine, seconds, conditions;
     models: {name: {file, method, options, learnable_parameters}};
     means, intervals, differences: see `summarize`; by_data: the same of each root, where there are several;
-    skipped: a line for each picture that could not be read;
+    costs: {heads, rows}, with --costs alone: Table 8; skipped: a line for each picture that could not be read;
     images: [{data (root), name, size, indices, areas, scores, gates}, ...], see `evaluate`: every single score.
     """
     datasets = data.load_datasets(args.data, args.split, args.strict, args.prompts)
@@ -1077,13 +1542,13 @@ def measure(args, models, about, backbone):
     results["images"] = images
     print(f"{len(images):,} images, {sum(len(image['indices']) for image in images):,} masks, {len(args.conditions)} "
           f"conditions; {backbone} on {args.processes} x {args.device}, {results['seconds']:.0f} s\n")
+    if args.costs:
+        most = max(images, key=lambda image: len(image["indices"]))
+        results["costs"] = costs(models, about, datasets[args.data.index(most["data"])][most["at"]], args.amp)
     data.save_text(json.dumps(add_summaries(results)), os.path.join(args.out, "results.json"))
     for path in leftovers:
         os.remove(path)
     picture(samples_to_show(results, models, datasets, args), list(models), os.path.join(args.out, "samples.png"))
-    if args.costs:
-        most = max(images, key=lambda image: len(image["indices"]))
-        costs(models, about, datasets[args.data.index(most["data"])][most["at"]], args.amp)
     return results
 
 
@@ -1091,6 +1556,9 @@ def main(argv=None):
     """Run the command line; returns the exit code. A user's mistake ends in one line."""
     args = parse(argv)
     try:
+        if args.study:
+            study(args)
+            return 0
         if args.stored:
             results = merge({path: read_results(path) for path in args.stored})
             results["average"] = args.average or results["average"]

@@ -354,8 +354,13 @@ def save_adapter(sam, path, **meta):
             os.remove(f"{path}.part")
 
 
+class WholeModel(ValueError):
+    """An adapter was expected, and the file is a SAM checkpoint."""
+
+
 def read_adapter(path):
-    """The content of an adapter file. FileNotFoundError, or ValueError in one line, when it is none."""
+    """The content of an adapter file. FileNotFoundError, or ValueError in one line, when it is none; WholeModel when it
+    is a SAM checkpoint."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no adapter file at {path}")
     try:
@@ -364,9 +369,9 @@ def read_adapter(path):
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise ValueError(f"{path} is not a readable adapter file (cut off?): {reason}") from error
     if not isinstance(content, dict) or content.get("format") != "gara-sam adapter 1":
-        sam_file = isinstance(content, dict) and "image_encoder.pos_embed" in content
-        raise ValueError(f"{path} is not an adapter file of this project"
-                         + (" but a SAM checkpoint: give it with --checkpoint" if sam_file else ""))
+        if isinstance(content, dict) and "image_encoder.pos_embed" in content:
+            raise WholeModel(f"{path} is not an adapter file but a SAM checkpoint: give it with --checkpoint")
+        raise ValueError(f"{path} is not an adapter file of this project")
     parts = dict(backbone=str, image_size=int, base=str, method=str, options=dict, weights=dict, meta=dict)
     for key, kind in parts.items():
         if not isinstance(content.get(key), kind):
