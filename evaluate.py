@@ -1288,7 +1288,7 @@ def write_report(out, plan):
     def figure(draw, results, *more, name):
         say(f"![{name}]({os.path.basename(draw(results, *more, os.path.join(out, name + '.png')))})")
 
-    say("# GaRA-SAM in miniature", f"The tiny SAM (vit_t), {seeds} seeds, {plan['steps']} steps of 16 pictures, "
+    say("# GaRA-SAM in miniature", f"The tiny SAM (vit_t), {seeds} seed{'s' * (seeds > 1)}, {plan['steps']} steps of 16 pictures, "
         f"{len(demo)} test scenes, {int(main[1].sum())} masks; torch {first['torch']}, {first['machine']}. Mean IoU "
         "over masks and seeds in percent, ± half of the 95 % interval, which draws pictures and seeds again. "
         "Differences: [the interval], then that of each seed; in round brackets: no larger than its noise.")
@@ -1360,6 +1360,7 @@ def training_costs(out, runs):
 def study(args):
     """`--study`: every job that is not done yet, then the report."""
     plan = QUICK_STUDY if args.quick else FULL_STUDY
+    plan = plan | (dict(seeds=args.seeds) if args.seeds else {})
     data.make_missing_demo("demo/")
     run_jobs(study_jobs(args.out, **plan), args.out, args.jobs)
     cost = os.path.join(args.out, "cost")
@@ -1473,6 +1474,7 @@ def parse(argv):
     add("--study", action="store_true", help="train and measure all that the paper claims, in miniature; goes on where "
         "it was stopped, and writes report.md into --out (default study/)")
     add("--quick", action="store_true", help="with --study: less of everything, a quarter of an hour (study_quick/)")
+    add("--seeds", type=int, help="with --study: how many (default 3; with --quick 1); more may be added later")
     add("--jobs", type=int, help="with --study: how many run side by side, a thread each (default: the cores)")
     add("--out", help="folder for results.json, results.csv and the figures (default results/)")
     add("--batch-size", type=int, default=4, help="conditions of a picture that are encoded at once")
@@ -1482,11 +1484,11 @@ def parse(argv):
     args = parser.parse_args(argv)
     if bool(args.data) + bool(args.stored) + args.study != 1:
         parser.error("say --data ROOT to measure, --from results.json to draw what was measured, or --study")
-    if (args.quick or args.jobs) and not args.study:
-        parser.error("--quick and --jobs belong to --study")
+    if (args.quick or args.seeds or args.jobs) and not args.study:
+        parser.error("--quick, --seeds and --jobs belong to --study")
     args.out = args.out or ("study_quick" if args.quick else "study" if args.study else "results")
     args.jobs = args.jobs or os.cpu_count() or 1
-    for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0), ("jobs", 1)):
+    for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0), ("jobs", 1), ("seeds", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more")
     if args.no_corrupt and (args.strengths or args.conditions):
