@@ -154,6 +154,16 @@ def join_hue(hue, low, high):
     return np.stack(channels, -1)
 
 
+def jpeg(image, coarseness, share):
+    """uint8 HxWx3 through JPEG with quantisation steps `coarseness` times the standard ones, colour at half resolution;
+    blended with the input, of which 1 - share remains."""
+    quality = 50 / coarseness if coarseness > 1 else 100 - 50 * coarseness
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=max(1, round(quality)), subsampling="4:2:0")
+    decoded = np.asarray(Image.open(file)).astype(np.float32)
+    return np.rint(image + share * (decoded - image)).astype(np.uint8)
+
+
 def specks(rng, height, width, scale, density, beta):
     """Random bright specks, the raw material of snow and rain -> float32 HxW of whole grey levels.
 
@@ -412,12 +422,8 @@ def compression(image, rng, strength=1.0):
     Strength multiplies the encoder's quantisation steps, which are 50/quality times the standard ones; quality is
     whole, so below 0.25 the result also fades into the input.
     """
-    coarseness = strength * 50 / rng.integers(5, 11)
-    quality = 50 / coarseness if coarseness > 1 else 100 - 50 * coarseness
-    file = io.BytesIO()
-    Image.fromarray(image[..., ::-1].copy()).save(file, "JPEG", quality=max(1, round(quality)), subsampling="4:2:0")
-    decoded = np.asarray(Image.open(file))[..., ::-1].astype(np.float32)
-    return np.rint(image + min(1, 4 * strength) * (decoded - image)).astype(np.uint8)
+    swapped = np.ascontiguousarray(image[..., ::-1])
+    return jpeg(swapped, strength * 50 / rng.integers(5, 11), min(1, 4 * strength))[..., ::-1].copy()
 
 
 def elastic_transform(image, rng, strength=1.0):
@@ -490,7 +496,8 @@ def night(image, rng, strength=1.0):
     In linear light (the square of gamma-coded values is near enough): grey-orange haze takes 20-50 %, the exposure
     falls by 3-4 stops, a sensor counts photons (400 at full scale) and adds its own noise of 2 of them, an automatic
     gain gives half of the stops back, with warm colours; then JPEG at quality 15 to 30.
-    Strength multiplies haze's optical depth, the stops and the encoder's steps, and the noise's standard deviation.
+    Strength multiplies haze's optical depth, the stops, the noise's standard deviation and the encoder's quantisation
+    steps, whose effect fades in up to 0.25.
     """
     depth, stops, warm = rng.uniform(0.22, 0.7), rng.uniform(3, 4), rng.uniform(1, 1.3)
     coarseness, lamp = 50 / rng.uniform(15, 30), np.float32([0.5, 0.42, 0.33]) * rng.uniform(0.7, 1.1)
@@ -499,11 +506,8 @@ def night(image, rng, strength=1.0):
     dark = strength * rng.standard_normal((2, *image.shape), np.float32)
     light += (np.sqrt(400 * light) * dark[0] + 2 * dark[1]) / 400
     light *= 2 ** (strength * stops / 2) * np.float32([warm, 1, 1 / warm]) ** strength
-    quality = 100 - 50 * strength * coarseness if strength * coarseness < 1 else 50 / (strength * coarseness)
-    file = io.BytesIO()
-    Image.fromarray(truncate(255 * np.sqrt(light.clip(0, 1)))).save(
-        file, "JPEG", quality=max(1, round(quality)), subsampling="4:2:0")
-    return np.array(Image.open(file))
+    taken = truncate(255 * np.sqrt(light.clip(0, 1)))
+    return jpeg(taken, strength * coarseness, min(1, 4 * strength))
 
 
 def underwater(image, rng, strength=1.0):

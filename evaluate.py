@@ -960,6 +960,7 @@ RUNS = {
     "real_gara": ("GaRA, night", ["--conditions", "night"]),
     "lora64_long": ("LoRA 64, three times as long", [*LORA64, "--steps", "LONG"]),
     "gara_long": ("GaRA, three times as long", ["--steps", "LONG"]),
+    "gara_untrained": ("GaRA, untrained", ["--steps", "1"]),
     "gara_t0.1": ("GaRA, temperature 0.1", ["--temperature", "0.1"]),
     "gara_t1": ("GaRA, temperature 1", ["--temperature", "1"]),
     "gara_t2": ("GaRA, temperature 2", ["--temperature", "2"])}
@@ -976,6 +977,7 @@ EVALUATIONS = {
     "gates": (["gara_open", "gara_fast"], ["--data", "demo/"]),
     "temperature": (["gara_t0.1", "gara_t1", "gara_t2"], ["--data", "demo/"]),
     "long": (["lora64_long", "gara_long"], ["--data", "demo/"]),
+    "untrained": (["gara_untrained"], ["--data", "demo/"]),
     "strength": (["lora64", "gara"], ["--data", "demo/", "--strengths", "0.5", "1.5", "2"])}
 ONCE = ["strength"]  # of seed 0 alone
 FULL_STUDY = dict(seeds=3, steps=450, validations=5, pictures=128, leave=())
@@ -996,7 +998,7 @@ def study_jobs(out, seeds, steps, validations, pictures, leave):
             if run not in leave:
                 options = [str(3 * steps) if word == "LONG" else word for word in options]
                 options += [] if "--steps" in options else ["--steps", str(steps)]
-                every = int(options[options.index("--steps") + 1]) // validations
+                every = max(1, int(options[options.index("--steps") + 1]) // validations)
                 jobs[at[run]] = [os.path.join(here, "train.py"), "--data", "demo/", "--seed", str(seed), "--out",
                                  at[run], "--workers", "0", "--device", "cpu", "--val-every", str(every), *options], []
         for name, (runs, options) in EVALUATIONS.items():
@@ -1159,13 +1161,13 @@ def label_of(run):
 
 def gate_vectors(out, name, seed, run):
     """All the decisions of a run in an evaluation: (bool (pictures, conditions, layers, components), spaces (pictures,
-    conditions, layers), components of the lower-rank set, conditions), of demo/'s pictures."""
+    conditions, layers), conditions), of demo/'s pictures."""
     results = read_results(os.path.join(out, f"{name}_{seed}", "results.json"))
     model = runs_in(results)[run]
     results["images"] = [image for image in results["images"] if image["data"] == "demo/"]
     vectors, spaces = (np.stack(part, axis=1) for part in zip(*(
         unpack_gates(results, model, condition) for condition in results["conditions"])))
-    return vectors, spaces, results["models"][model]["options"]["rank_low"], results["conditions"]
+    return vectors, spaces, results["conditions"]
 
 
 def gate_variance(vectors):
@@ -1199,29 +1201,25 @@ def probe(vectors, rng):
     return float(np.concatenate(right).mean())
 
 
-def study_gates(out, name, runs, seeds):
-    """Markdown: what the gates of each run answer to, beside the same with shuffled conditions; and what each layer
-    of each seed does."""
-    rows, layers = [], []
-    for run in runs:
+def study_gates(out, runs, seeds):
+    """Two tables as Markdown: what the gates of each (evaluation, run) answer to, and what each layer does, by seed."""
+    answers_to, layers = [], []
+    for name, run in runs:
         parts, rng = [], np.random.default_rng(data.seed_of("gates", run))
         for seed in range(seeds):
-            vectors, spaces, low, conditions = gate_vectors(out, name, seed, run)
-            control = shuffled(vectors, rng)
-            rate = vectors.mean((0, 1))  # (layers, components)
+            vectors, spaces, conditions = gate_vectors(out, name, seed, run)
+            control, rate = shuffled(vectors, rng), vectors.mean((0, 1))  # rate (layers, components)
             parts.append([*gate_variance(vectors), gate_variance(control)[0], probe(vectors, rng), probe(control, rng),
-                          (rate == 1).mean(), (rate == 0).mean(), (spaces == 1).mean(), vectors.sum(3).mean()])
+                          (rate == 1).mean(), (rate == 0).mean(), (spaces == 1).mean()])
             layers.append([label_of(run), str(seed), *(
                 f"{100 * (spaces[..., k] == 1).mean():.0f} %, {vectors[..., k, :].sum(2).mean():.0f} on, "
                 f"{((rate[k] > 0) & (rate[k] < 1)).sum()} switch" for k in range(vectors.shape[2]))])
-        *shares, counts = zip(*parts)  # each of all seeds
-        rows.append([label_of(run), *("; ".join(f"{100 * x:.0f} %" for x in share) for share in shares),
-                     "; ".join(f"{count:.1f}" for count in counts)])
-    return (table(["gates, by seed", "explained by corruption", "by picture", "by both together",
+        answers_to.append([label_of(run), *("; ".join(f"{100 * x:.0f}" for x in share) for share in zip(*parts))])
+    return (table(["gates, in %, by seed", "explained by corruption", "by picture", "by both together",
                    "by corruption, shuffled", "probe reads the corruption", "probe, shuffled", "always on",
-                   "always off", "in the higher-rank set", "on in a layer"], rows)
-            + table(["share in the higher-rank set, components on, components that switch", "seed",
-                     *(f"layer {k}" for k in range(len(layers[0]) - 2))], layers, 2))
+                   "always off", "in the higher-rank set"], answers_to),
+            table(["in the higher-rank set, components on, components that switch", "seed",
+                   *(f"layer {k}" for k in range(len(layers[0]) - 2))], layers, 2))
 
 
 def pooled(out, name, runs, seeds):
@@ -1288,8 +1286,8 @@ def write_report(out, plan):
     def figure(draw, results, *more, name):
         say(f"![{name}]({os.path.basename(draw(results, *more, os.path.join(out, name + '.png')))})")
 
-    say("# GaRA-SAM in miniature", f"The tiny SAM (vit_t), {seeds} seed{'s' * (seeds > 1)}, {plan['steps']} steps of 16 pictures, "
-        f"{len(demo)} test scenes, {int(main[1].sum())} masks; torch {first['torch']}, {first['machine']}. Mean IoU "
+    say("# GaRA-SAM in miniature", f"The tiny SAM (vit_t), {seeds} seed{'s' * (seeds > 1)}, {plan['steps']} steps of 16 "
+        f"pictures, {len(demo)} test scenes, {int(main[1].sum())} masks; torch {first['torch']}, {first['machine']}. Mean IoU "
         "over masks and seeds in percent, ± half of the 95 % interval, which draws pictures and seeds again. "
         "Differences: [the interval], then that of each seed; in round brackets: no larger than its noise.")
     say("## 1. SAM degrades", f"`{out}/main_0`, `{out}/strength_0`.")
@@ -1319,10 +1317,9 @@ def write_report(out, plan):
     warm = gather(out, "temperature", seeds, "demo/")
     warm[0]["gara"] = values["gara"]
     say(study_table(warm, [*(run for run in RUNS if run.startswith("gara_t")), "gara"]))
-    gated = {"main": ["gara"]} | {name: EVALUATIONS[name][0] for name in ("gates", "temperature", "long")}
-    say("## 7. What the gates do", "".join(study_gates(out, name, [
-        run for run in runs if run not in leave and run.startswith("gara")], seeds) for name, runs in gated.items()
-        if any(run not in leave for run in runs)))
+    gated = [("main", "gara"), *((name, run) for name in ("untrained", "gates", "temperature", "long")
+                                 for run in EVALUATIONS[name][0] if run.startswith("gara") and run not in leave)]
+    say("## 7. What the gates do", *study_gates(out, gated, seeds))
     figure(figure_gates, pooled(out, "main", ["gara"], seeds), "GaRA", name="gates")
     control = gather(out, "frozen", seeds, "demo/")
     others = {} if "gara_long" in leave else gather(out, "gates", seeds, "demo/")[0] | gather(

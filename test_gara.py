@@ -39,7 +39,7 @@ import evaluate
 import gara
 import sam
 import train
-from corruptions import CORRUPTIONS, corrupt
+from corruptions import CORRUPTIONS, OTHERS, corrupt
 
 HERE = os.path.dirname(os.path.abspath(data.__file__))
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
@@ -930,9 +930,10 @@ def mad(a, b):
 
 def test_registry():
     assert list(CORRUPTIONS) == list(RANGES)
-    assert all("trength" in function.__doc__ for function in CORRUPTIONS.values())
+    assert all("trength" in function.__doc__ for function in (CORRUPTIONS | OTHERS).values())
+    assert not CORRUPTIONS.keys() & OTHERS.keys()
 
-@pytest.mark.parametrize("name", RANGES)
+@pytest.mark.parametrize("name", [*RANGES, *OTHERS])
 def test_corruption_contract(name):
     """Same arguments, same pixels; the input survives; layout of the memory is irrelevant; other seeds differ."""
     image, wide = scene(40, 52), np.zeros((40, 104, 3), np.uint8)
@@ -946,7 +947,7 @@ def test_corruption_contract(name):
     others = [corrupt(image, name, seed) for seed in (4, 5, 6, 2 ** 70)]
     assert name == "resampling_blur" or any((out != other).any() for other in others)  # the one without a draw
 
-@pytest.mark.parametrize("name", RANGES)
+@pytest.mark.parametrize("name", [*RANGES, *OTHERS])
 def test_corruption_strength(name):
     """0 is the identity, a breath above it is a breath of change, and more strength is more change."""
     image = scene(96, 128)
@@ -963,7 +964,7 @@ def test_corruption_strength(name):
 @pytest.mark.parametrize("shape", [(16, 16), (16, 200), (200, 16), (17, 23), (61, 45)])
 def test_corruptions_of_any_size(shape):
     images = scene(*shape), flat(0, *shape), flat(255, *shape)
-    for image, name, strength in itertools.product(images, RANGES, (0.3, 1, 2)):
+    for image, name, strength in itertools.product(images, [*RANGES, *OTHERS], (0.3, 1, 2)):
         with np.errstate(all="raise", under="ignore", divide="ignore"):
             assert corrupt(image, name, 1, strength).shape == image.shape
 
@@ -1004,6 +1005,25 @@ def test_tables_of_levels(name, low, high, curve):
     assert all((corrupt(ramp, name, seed) == curve(ramp.astype(float), f)).all() for seed, f in enumerate(factors))
     assert min(factors) < low + 0.2 * (high - low) and max(factors) > high - 0.2 * (high - low)
     assert np.array_equal(corrupt(ramp, name, 0, 2), curve(ramp.astype(float), factors[0] ** 2))  # stops double
+
+def test_night_and_underwater_by_their_physics():
+    """On flat pictures: exposure falls by known stops, noise is that of counted photons, and Beer's law holds."""
+    for seed, level in itertools.product(range(3), (60, 200)):
+        rng = draws("night", seed)
+        depth, stops, _, _ = (rng.uniform(*ends) for ends in ((0.22, 0.7), (3, 4), (1, 1.3), (15, 30)))
+        lamp = 0.42 * rng.uniform(0.7, 1.1)  # green
+        light = np.exp(-depth) * (level / 255) ** 2 + (1 - np.exp(-depth)) * lamp
+        photons = 400 * light * 2 ** -stops
+        out = corrupt(flat(level, 200, 200), "night", seed)[..., 1] / 255  # green, which the white balance spares
+        level_out, relative = np.sqrt(light * 2 ** (-stops / 2)), np.sqrt(photons + 4) / photons  # of light's noise
+        assert out.mean() == pytest.approx(level_out * (1 - relative ** 2 / 8) - 0.5 / 255, rel=0.04)
+        assert 0.3 * level_out * relative / 2 < out.std() < 1.1 * level_out * relative / 2  # JPEG removes some
+
+        rng = draws("underwater", seed)
+        distance, veil = rng.uniform(1, 2), np.array([0.1, 0.45, 0.5]) * rng.uniform(0.7, 1.1)
+        expected = level * np.exp(-distance * np.array([0.9, 0.35, 0.3])) + 255 * veil * (1 - np.exp(-0.6 * distance))
+        out = corrupt(flat(level, 200, 200), "underwater", seed)
+        assert out.mean((0, 1)) == pytest.approx(np.minimum(expected, 255), rel=0.06)
 
 def test_resampling_against_loops():
     image = scene(22, 29).astype(float)
@@ -2125,6 +2145,47 @@ def test_conditions_are_drawn_evenly():
     assert len({deal[0] for deal in deals}) > 5  # in another order each time
     assert {examples_of([sample], conditions=["clear"])[i]["condition"] for i in range(20)} == {"clear"}
 
+def test_conditions_can_be_chosen(demo, tmp_path, capsys, monkeypatch):
+    sample = Blank(np.ones((1, 128, 128), bool))
+    drawn = [examples_of([sample], conditions=["fog", "night"])[i]["condition"] for i in range(40)]
+    assert sorted(drawn) == ["fog"] * 20 + ["night"] * 20
+    assert {examples_of([sample], conditions=["fog", "rain"], clear=0.5)[i]["condition"] for i in range(40)} == {
+        "clear", "fog", "rain"}
+    asked = []
+    image = data.Sample.image
+    monkeypatch.setattr(data.Sample, "image", lambda self, condition="clear", seed=None: (
+        asked.append(condition) or image(self, condition, seed)))
+    assert run_train(demo, tmp_path / "a", "--steps", 2, "--method", "lora", "--conditions", "night", "snow@2") == 0
+    assert set(asked) == {"night", "snow@2"}  # validation never sees another one either
+    seen = [line["validation"] for line in train.read_log(tmp_path / "a" / "log.jsonl") if "validation" in line]
+    assert all(iou.keys() == {"point degraded", "box degraded"} for iou in seen)
+    capsys.readouterr()
+    for wrong, words in ((["--conditions", "fgo"], "fgo"), (["--conditions", "fog", "--no-corrupt"], "--no-corrupt"),
+                         (["--conditions", "fog", "--pretrain"], "--pretrain")):
+        assert run_train(demo, tmp_path / "b", *wrong) == 2 and one_error(capsys, words)
+
+def test_gates_may_start_open_and_learn_faster(demo, tmp_path, capsys):
+    """Adam's first step is the learning rate itself, whatever the gradient; noise of logistic kind opens a component
+    with chance sigmoid(bias)."""
+    def after(out, *more):
+        assert run_train(demo, tmp_path / out, "--steps", 1, "--lr", 1e-4, "--schedule", "constant", *more) == 0
+        return gara.read_adapter(tmp_path / out / "last.pt")["weights"]
+
+    plain, fast, biased = after("plain"), after("fast", "--gate-lr", 7), after("biased", "--gate-bias", 2)
+    start = gara.adapter_state(train.build_model(train.parse(
+        ["--data", str(demo / "demo"), "--checkpoint", str(demo / "w.pth"), "--device", "cpu"])))
+    for key, before in start.items():
+        if key.endswith("gate.G_h.4.bias"):
+            steps = [(weights[key] - before).abs().max().item() for weights in (plain, fast)]
+            assert steps == pytest.approx([1e-4, 7e-4], rel=0.02)
+            assert (biased[key] - before).mean().item() == pytest.approx(2, abs=1e-3)
+        elif key.endswith(".B"):
+            assert (fast[key] - before).abs().max().item() == pytest.approx(1e-4, rel=0.02)
+        elif key.endswith("G_0.2.bias"):  # it opens no component
+            assert (biased[key] - before).abs().max() < 1.02e-4
+    assert run_train(demo, tmp_path / "no", "--method", "lora", "--gate-bias", 1) == 2
+    assert "--gate-bias: lora" in capsys.readouterr().err
+
 def mean_of_16_conditions(iou):
     return sum((15 * iou[f"{prompt} degraded"] + iou[f"{prompt} clear"]) / 16 for prompt in ("point", "box")) / 2
 
@@ -2607,6 +2668,105 @@ def test_paired_differences_know_less_noise_and_one_image_knows_nothing():
     assert alone["intervals"]["A"]["point clear"] == [[0, 1], [0, 1]]
     assert alone["differences"]["B"]["A"]["point clear"][0][1:] == [-1, 1]
 
+def test_the_studys_estimates_are_those_of_the_normal_distribution():
+    """Of sums over the masks of many pictures, and of many seeds: the variances of both add up."""
+    rng = np.random.default_rng(1)
+    masks = rng.integers(1, 5, 300).astype(float)
+    sums = (0.6 + 0.1 * rng.normal(size=(40, 1)) + 0.2 * rng.normal(size=(1, 300))) * masks
+    mean, low, high, each = evaluate.estimate(sums, masks)
+    assert mean == pytest.approx(sums.sum() / masks.sum() / 40) and each == pytest.approx(sums.sum(1) / masks.sum())
+    pictures = (sums.mean(0) - mean * masks) / masks.mean()
+    deviation = np.hypot(np.std(each) / 40 ** 0.5, pictures.std() / 300 ** 0.5)
+    assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.1)
+    assert evaluate.estimate(sums, masks)[1:3] == (low, high)
+    values = rng.random((3, 8, 2, 4))
+    conditions = ["fog", "clear", "rain", "fog@2"]
+    assert np.array_equal(evaluate.column(values, conditions, "box", "rain"), values[:, :, 1, 2])
+    assert np.allclose(evaluate.column(values, conditions, "point", "degraded"), values[:, :, 0, [0, 2]].mean(2))
+
+def test_what_gates_answer_to():
+    """Gates that follow the corruption alone, the picture alone, and only both together; and chance."""
+    rng = np.random.default_rng(0)
+    code = rng.random((1, 16, 2, 30)) < 0.5
+    by_corruption, by_picture = np.repeat(code, 40, 0), np.repeat(rng.random((40, 1, 2, 30)) < 0.5, 16, 1)
+    assert evaluate.gate_variance(by_corruption) == pytest.approx((1, 0, 0))
+    assert evaluate.gate_variance(by_picture) == pytest.approx((0, 1, 0))
+    either = (np.arange(40)[:, None] + np.arange(16)) % 2 == 0
+    assert evaluate.gate_variance(either[..., None]) == pytest.approx((0, 0, 1))
+    assert evaluate.gate_variance(np.ones((40, 16, 9))) == (0, 0, 0)
+    noise = rng.random((400, 16, 50)) < 0.5  # each explains what its degrees of freedom allow
+    assert evaluate.gate_variance(noise)[:2] == pytest.approx((15 / 6399, 399 / 6399), rel=0.15)
+    assert evaluate.probe(by_corruption, rng) == 1
+    for silent in (by_picture, noise, evaluate.shuffled(by_corruption, rng)):
+        assert evaluate.probe(silent, rng) == pytest.approx(1 / 16, abs=0.04)
+    dealt = evaluate.shuffled(by_corruption, rng)
+    assert (dealt != by_corruption).any() and np.array_equal(np.sort(dealt, 1), np.sort(by_corruption, 1))
+
+def test_jobs_of_the_study_are_commands_that_the_scripts_take():
+    """Every word is understood, what a job needs is made by one before it, and no two write to one folder."""
+    for plan in (evaluate.FULL_STUDY, evaluate.QUICK_STUDY):
+        jobs, before = evaluate.study_jobs("study", **plan), set()
+        for folder, (command, needed) in jobs.items():
+            assert before.issuperset(needed)
+            before.add(folder)
+            if callable(command):
+                continue
+            script, *words = command
+            if script.endswith("train.py"):
+                args = train.parse(words)
+                assert args.out == folder and args.seed < plan["seeds"] and args.steps in (
+                    1, plan["steps"], 3 * plan["steps"])
+            elif script.endswith("evaluate.py"):
+                args = evaluate.parse(words)
+                files = {os.path.dirname(path) for path in args.ckpt}
+                assert args.out == folder and files <= before and files <= {*needed}
+                assert all(os.path.basename(path) == evaluate.adapter_file(run) for path in args.ckpt
+                           for run in evaluate.RUNS if os.path.basename(os.path.dirname(path))[:-2] == run)
+    trained = {run for run in evaluate.RUNS if os.path.join("study", "runs", f"{run}_2") in
+               evaluate.study_jobs("study", **evaluate.FULL_STUDY)}
+    assert trained == evaluate.RUNS.keys()
+    assert not {*evaluate.UNSEEN} & {*train.parse(["--data", "x", *evaluate.RUNS["unseen_gara"][1]]).conditions}
+
+def test_jobs_are_done_once_in_order_and_failures_are_named(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "job.py"
+    script.write_text("import os, sys\nout = sys.argv[1]\nif out.endswith('bad'): sys.exit('error: no such luck')\n"
+                      "os.makedirs(out)\nopen(out + '/order', 'w').write(' '.join(sorted(os.listdir(out + '/..'))))\n"
+                      "assert os.environ['OMP_NUM_THREADS'] == '1'")
+    out = tmp_path / "study"
+    a, b, c, bad = (str(out / name) for name in ("a", "b", "c", "bad"))
+    jobs = {a: ([str(script), a], []), b: ([str(script), b], [a]), c: (lambda: os.makedirs(c), [b])}
+    jobs[c] = functools.partial(os.makedirs, c), [b]
+    evaluate.run_jobs(jobs, str(out), 3)
+    assert open(b + "/order").read().split()[:2] == ["a", "b"] and os.path.isdir(c)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    evaluate.run_jobs(jobs, str(out), 3)  # done before: makedirs would fail
+    assert capsys.readouterr().out == ""
+    with refused("bad: error: no such luck", "exit code 1", kind=RuntimeError):
+        evaluate.run_jobs(jobs | {bad: ([str(script), bad], [])}, str(out), 2)
+    with refused("another study", kind=RuntimeError):
+        evaluate.run_jobs({a: ([str(script), a, "--steps", "9"], [])}, str(out), 1)
+
+def test_frozen_gates_choose_what_was_chosen_most_often(demo, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("runs/gara_0")
+    model = train_by_chance(tiny("gara"), 3)
+    gara.save_adapter(model, "runs/gara_0/gara.pt")
+    files = "--checkpoint", demo / "w.pth", "--device", "cpu", "--workers", 0
+    ask = "--data", demo / "demo", "--conditions", "clear", "fog", "snow"
+    assert run_cli(evaluate.main, "--ckpt", "runs/gara_0/gara.pt", *ask, "--out", "main", *files) == 0
+    monkeypatch.setattr(evaluate, "find_checkpoint", lambda backbone: str(demo / "w.pth"))
+    evaluate.freeze_gates("main", "runs/gara_0", "runs/frozen_0")
+    assert run_cli(evaluate.main, "--ckpt", "runs/frozen_0/gara.pt", *ask, "--out", "frozen", *files) == 0
+    before, after = (evaluate.read_results(f"{name}/results.json") for name in ("main", "frozen"))
+    chosen = [[evaluate.unpack_gates(part, "GaRA", c) for c in part["conditions"]] for part in (before, after)]
+    vectors, spaces = (np.concatenate(x) for x in zip(*chosen[1]))
+    assert (vectors == vectors[0]).all() and (spaces == spaces[0]).all()  # the same for every picture
+    free, free_spaces = (np.concatenate(x) for x in zip(*chosen[0]))
+    for layer in range(free.shape[1]):
+        assert spaces[0, layer] == (2 * free_spaces[:, layer].sum() > len(free))
+        those = free[free_spaces[:, layer] == spaces[0, layer], layer]
+        assert np.array_equal(vectors[0, layer], 2 * those.sum(0) > len(those))
+
 SOME = ("clear", "ISO_noise", "elastic_transform")
 
 def flat_scores(images):
@@ -2716,7 +2876,7 @@ def test_bad_files_are_left_out_of_the_evaluation(demo, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--data", "nowhere"], "nowhere"), (["--split", "tset"], "tset"), (["--data", "bare"], "test"),
-    (["--ckpt", "w.pth"], "SAM checkpoint"), (["--ckpt", "a.pt"], "other vit_t weights"),
+    (["--ckpt", "a.pt"], "other vit_t weights"),
     (["--ckpt", "none.pt"], "none.pt"), (["--ckpt", "cut.pth"], "cut.pth"),
     (["--ckpt", "a.pt", "--backbone", "vit_b"], "vit_b"), (["--checkpoint", "cut.pth"], "cut.pth"),
     (["--checkpoint", "none.pth"], "none.pth"), (["--limit", 0], "--limit"),
@@ -2749,6 +2909,23 @@ nonsense = known(lambda image, points, box: np.zeros((1, *image.shape[:2]), bool
 small = known(lambda image, points, box: np.zeros((1, 9, 9), bool))
 broken, number = (lambda: 1 / 0), 7
 """
+
+def test_whole_models_beside_adapters_in_chosen_conditions(demo, finished, tmp_path, capsys):
+    changed = torch.load(demo / "w.pth", weights_only=True)
+    changed["image_encoder.blocks.0.attn.qkv.bias"] = changed["image_encoder.blocks.0.attn.qkv.bias"] + 0.5
+    torch.save(changed, tmp_path / "full.pt")
+    assert run_cli(evaluate.main, "--ckpt", tmp_path / "full.pt", demo / "w.pth", finished[0] / "gara.pt", "--data",
+                   demo / "demo", "--checkpoint", demo / "w.pth", "--device", "cpu", "--workers", 0, "--conditions",
+                   "underwater", "clear", "--strengths", 0.5, "--out", tmp_path) == 0
+    results = evaluate.read_results(tmp_path / "results.json")
+    assert results["conditions"] == ["underwater", "clear", "underwater@0.5"]
+    sam, adapted, full, same_sam = results["models"]
+    assert results["means"][sam] == results["means"][same_sam] != results["means"][full] and adapted == "GaRA"
+    assert results["means"][sam]["point degraded"] == results["means"][sam]["point underwater"]
+    capsys.readouterr()
+    for wrong, words in ((["--conditions", "night", "--no-corrupt"], "--no-corrupt"), (["--conditions", "x"], "'x'"),
+                         (["--study"], "--study"), (["--quick"], "--study"), (["--seeds", 0], "--study")):
+        assert run_cli(evaluate.main, "--data", demo / "demo", *wrong) == 2 and one_error(capsys, words)
 
 def test_other_predictors_by_plug(demo, tmp_path, monkeypatch, capsys):
     """One that knows the truth scores 1, one that finds nothing 0, whatever the condition."""
@@ -2972,6 +3149,48 @@ def test_every_figure_that_the_results_allow_is_written(models, conditions, name
         assert (pixels == 255).all(2).mean() > 0.3 and (pixels < 128).all(2).mean() > 0.002  # a white ground, and ink
         edges = np.concatenate([pixels[:4].ravel(), pixels[-4:].ravel(), pixels[:, :4].ravel(), pixels[:, -4:].ravel()])
         assert (edges == 255).all()  # nothing runs over the page
+
+@pytest.mark.parametrize("plan", [evaluate.FULL_STUDY, evaluate.QUICK_STUDY])
+def test_the_studys_report_says_what_the_folders_hold(plan, tmp_path, monkeypatch):
+    """Made-up scores in the folders of a whole study: every table is there, and cells are means by hand."""
+    monkeypatch.chdir(tmp_path)
+    jobs, kinds, means = evaluate.study_jobs("study", **plan), dict(lora=("lora", dict(rank=3))), {}
+    for number, (folder, (command, _)) in enumerate(jobs.items()):
+        name, seed = os.path.basename(folder).rpartition("_")[::2]
+        os.makedirs(folder)
+        if "runs" in folder.split(os.sep):
+            open(f"{folder}/run.json", "w").write(json.dumps(dict(learnable_parameters=4321)))
+            open(f"{folder}/log.jsonl", "w").write('{"validation": 1}\n{"loss": 1, "images_per_second": 23.4}\n')
+            continue
+        if name not in evaluate.EVALUATIONS:
+            continue
+        args = evaluate.parse(command[1:])
+        runs = [os.path.basename(os.path.dirname(path)) for path in args.ckpt]
+        found = made_up_results({"SAM": ("sam", {})} | {run: kinds.get(run.split("_")[0][:4], (
+            "gara", dict(rank_low=3, rank_high=10, temperature=0.5))) for run in runs}, args.conditions, 5, seed=number)
+        for run, path in zip(runs, args.ckpt):
+            found["models"][run]["file"] = path
+        found["images"] += [image | dict(data=root) for root in args.data[1:] for image in found["images"]]
+        found |= dict(format=evaluate.FORMAT, data=args.data, torch="x", machine="y")
+        open(f"{folder}/results.json", "w").write(json.dumps(found))
+        means |= {(name, run): found["means"][run] for run in runs}
+    os.makedirs("study/cost")
+    cost = dict(format=evaluate.FORMAT, costs=dict(heads=["model", "images/s"], rows=[["SAM", "77.77"]]))
+    open("study/cost/results.json", "w").write(json.dumps(cost))
+    os.makedirs("study/jobs")
+    open("study/jobs/x.json", "w").write(json.dumps(dict(command=["train.py", "--seed", "7"], seconds=61)))
+    evaluate.write_report("study", plan)
+    text = open("study/report.md").read()
+    assert all(f"## {k}. " in text for k in range(1, 9)) and "nan" not in text
+    assert "4,321 | 23.4" in text and "77.77" in text and "train.py --seed 7    # 61 s" in text
+    pictures = re.findall(r"\]\((.*?)\)", text)
+    assert len(pictures) == 3 and all(Image.open(f"study/{name}").width > 1000 for name in pictures)
+    for name, run in (("unseen", "unseen_gara"), ("real", "real_gara"), ("main", "moe")):
+        of = [means[name, f"{run}_{seed}"] for seed in range(plan["seeds"])]
+        column = "point night" if name == "real" else "point degraded"
+        row = next(line for line in text.split(f"study/{name}_*")[-1].splitlines()
+                   if line.startswith(f"| {evaluate.label_of(run)} |"))
+        assert row.split("|")[2].split()[0] == f"{100 * np.mean([x[column][0] for x in of]):.1f}"
 
 def test_greys_of_the_gates_are_the_share_of_images(tmp_path):
     results = made_up_results({"GaRA": gara_of(0.5)}, ("clear", "fog"), images=1, layers=1)
