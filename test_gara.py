@@ -2924,7 +2924,7 @@ def test_whole_models_beside_adapters_in_chosen_conditions(demo, finished, tmp_p
     assert results["means"][sam]["point degraded"] == results["means"][sam]["point underwater"]
     capsys.readouterr()
     for wrong, words in ((["--conditions", "night", "--no-corrupt"], "--no-corrupt"), (["--conditions", "x"], "'x'"),
-                         (["--study"], "--study"), (["--quick"], "--study"), (["--seeds", 0], "--study")):
+                         (["--study"], "--study"), (["--quick"], "--study"), (["--seeds", 2], "--study")):
         assert run_cli(evaluate.main, "--data", demo / "demo", *wrong) == 2 and one_error(capsys, words)
 
 def test_other_predictors_by_plug(demo, tmp_path, monkeypatch, capsys):
