@@ -32,6 +32,7 @@ import io
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -940,8 +941,8 @@ def figures(results, out):
 
 UNSEEN = ["snow", "ISO_noise", "zoom_blur", "compression", "contrast"]  # one of weather, noise, blur, coding, light
 TEN = ["--conditions", *(condition for condition in data.CONDITIONS if condition not in UNSEEN)]
-# {run: (its name in tables, train.py's options)}. All have the same data, batches and learning rate ("full" a smaller
-# one: 1e-3 throws a whole encoder off) and, but for "long", steps. Ranks: vit_t is a fifth as wide as vit_b, so LoRA's
+# {run: (its name in tables, train.py's options)}. All have the same data, batches, learning rate ("full" a smaller one,
+# as is usual for whole encoders) and, but for "long", steps. Ranks: vit_t is a fifth as wide as vit_b, so LoRA's
 # 2, 4, 16 and 64 stand for about 10, 20, 80 and 300 there, and GaRA's 4 and 48 for the paper's 16 and 256.
 LORA16, LORA64 = ["--method", "lora", "--rank", "16"], ["--method", "lora", "--rank", "64"]
 RUNS = {
@@ -969,7 +970,6 @@ ADAPTED = ["lora2", "lora4", "lora16", "lora64", "moe", "flat_low", "flat_high",
 # patterns, which no adapter was trained on. "frozen": GaRA whose gates always choose what they choose most often.
 EVALUATIONS = {
     "main": (ADAPTED, ["--data", "demo/", "PLAIN"]),
-    "frozen": (["frozen"], ["--data", "demo/"]),
     "unseen": (["lora16", "lora64", "gara", "unseen_lora16", "unseen_lora64", "unseen_gara"],
                ["--data", "demo/", "--conditions", "clear", *UNSEEN]),
     "real": (["lora16", "lora64", "gara", "real_lora16", "real_lora64", "real_gara"],
@@ -978,7 +978,8 @@ EVALUATIONS = {
     "temperature": (["gara_t0.1", "gara_t1", "gara_t2"], ["--data", "demo/"]),
     "long": (["lora64_long", "gara_long"], ["--data", "demo/"]),
     "untrained": (["gara_untrained"], ["--data", "demo/"]),
-    "strength": (["lora64", "gara"], ["--data", "demo/", "--strengths", "0.5", "1.5", "2"])}
+    "strength": (["lora64", "gara"], ["--data", "demo/", "--strengths", "0.5", "1.5", "2"]),
+    "frozen": (["frozen"], ["--data", "demo/"])}  # last, since it waits for "main"
 ONCE = ["strength"]  # of seed 0 alone
 FULL_STUDY = dict(seeds=3, steps=450, validations=5, pictures=128, leave=())
 QUICK_STUDY = dict(seeds=1, steps=100, validations=1, pictures=24, leave=(
@@ -1359,6 +1360,7 @@ def study(args):
     plan = QUICK_STUDY if args.quick else FULL_STUDY
     plan = plan | (dict(seeds=args.seeds) if args.seeds else {})
     data.make_missing_demo("demo/")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends the jobs too, as Ctrl-C does
     run_jobs(study_jobs(args.out, **plan), args.out, args.jobs)
     cost = os.path.join(args.out, "cost")
     files = [os.path.join(args.out, "runs", f"{run}_0", adapter_file(run)) for run in ADAPTED
