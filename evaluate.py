@@ -944,47 +944,47 @@ TEN = ["--conditions", *(condition for condition in data.CONDITIONS if condition
 # {run: (its name in tables, train.py's options)}. All have the same data, batches, learning rate ("full" a smaller one,
 # as is usual for whole encoders) and, but for "long", steps. Ranks: vit_t is a fifth as wide as vit_b, so LoRA's
 # 2, 4, 16 and 64 stand for about 10, 20, 80 and 300 there, and GaRA's 4 and 48 for the paper's 16 and 256.
-LORA16, LORA64 = ["--method", "lora", "--rank", "16"], ["--method", "lora", "--rank", "64"]
+LORA64, NIGHT, FEW = ["--method", "lora", "--rank", "64"], ["--conditions", "night"], ["--limit", "64"]
 RUNS = {
     "lora2": ("LoRA 2", ["--method", "lora", "--rank", "2"]), "lora4": ("LoRA 4", ["--method", "lora", "--rank", "4"]),
-    "lora16": ("LoRA 16", LORA16), "lora64": ("LoRA 64", LORA64),
-    "moe": ("MoE-LoRA 4, 48", ["--method", "moe_lora", "--experts", "4,48"]),
+    "lora16": ("LoRA 16", ["--method", "lora", "--rank", "16"]), "lora64": ("LoRA 64", LORA64),
+    "moe": ("MoE-LoRA 1, 4, 24, 48", ["--method", "moe_lora"]),
+    "moe_two": ("MoE-LoRA 4, 48", ["--method", "moe_lora", "--experts", "4,48"]),
     "flat_low": ("GaRA flat 4", ["--method", "gara_flat", "--rank", "4"]),
     "flat_high": ("GaRA flat 48", ["--method", "gara_flat", "--rank", "48"]), "gara": ("GaRA", []),
     "full": ("whole encoder", ["--method", "full", "--lr", "3e-4"]),
-    "gara_open": ("GaRA, components start open", ["--gate-bias", "2"]),
-    "gara_fast": ("GaRA, gates learn 10 times as fast", ["--gate-lr", "10"]),
-    "unseen_lora16": ("LoRA 16, ten seen", LORA16 + TEN), "unseen_lora64": ("LoRA 64, ten seen", LORA64 + TEN),
-    "unseen_gara": ("GaRA, ten seen", TEN),
-    "real_lora16": ("LoRA 16, night", [*LORA16, "--conditions", "night"]),
-    "real_lora64": ("LoRA 64, night", [*LORA64, "--conditions", "night"]),
-    "real_gara": ("GaRA, night", ["--conditions", "night"]),
-    "lora64_long": ("LoRA 64, three times as long", [*LORA64, "--steps", "LONG"]),
-    "gara_long": ("GaRA, three times as long", ["--steps", "LONG"]),
-    "gara_untrained": ("GaRA, untrained", ["--steps", "1"]),
+    "unseen_lora64": ("LoRA 64, ten seen", LORA64 + TEN), "unseen_gara": ("GaRA, ten seen", TEN),
+    "real_lora64": ("LoRA 64, night", LORA64 + NIGHT), "real_gara": ("GaRA, night", NIGHT),
+    "few_lora4": ("LoRA 4, 64 pictures", ["--method", "lora", "--rank", "4", *FEW]),
+    "few_lora64": ("LoRA 64, 64 pictures", LORA64 + FEW), "few_gara": ("GaRA, 64 pictures", FEW),
     "gara_t0.1": ("GaRA, temperature 0.1", ["--temperature", "0.1"]),
     "gara_t1": ("GaRA, temperature 1", ["--temperature", "1"]),
-    "gara_t2": ("GaRA, temperature 2", ["--temperature", "2"])}
-ADAPTED = ["lora2", "lora4", "lora16", "lora64", "moe", "flat_low", "flat_high", "gara", "full"]
-# {evaluation: (runs, this program's options)}, of each seed; PLAIN: scenes of the base model's own kind, without bold
-# patterns, which no adapter was trained on. "frozen": GaRA whose gates always choose what they choose most often.
+    "gara_t2": ("GaRA, temperature 2", ["--temperature", "2"]),
+    "gara_open": ("GaRA, components start open", ["--gate-bias", "2"]),
+    "gara_fast": ("GaRA, gates learn 10 times as fast", ["--gate-lr", "10"]),
+    "gara_untrained": ("GaRA, untrained", ["--steps", "1"]),
+    "lora64_long": ("LoRA 64, three times as long", [*LORA64, "--steps", "LONG"]),
+    "gara_long": ("GaRA, three times as long", ["--steps", "LONG"])}
+ADAPTED = ["lora2", "lora4", "lora16", "lora64", "moe", "moe_two", "flat_low", "flat_high", "gara", "full"]
+# {evaluation: (runs, this program's options)}, in the order of the work; PLAIN: scenes of the base model's own kind,
+# without bold patterns, which no adapter was trained on. "frozen": GaRA whose gates always choose what they choose most
+# often in "main".
 EVALUATIONS = {
     "main": (ADAPTED, ["--data", "demo/", "PLAIN"]),
-    "unseen": (["lora16", "lora64", "gara", "unseen_lora16", "unseen_lora64", "unseen_gara"],
+    "frozen": (["frozen"], ["--data", "demo/"]),
+    "unseen": (["lora64", "gara", "unseen_lora64", "unseen_gara"],
                ["--data", "demo/", "--conditions", "clear", *UNSEEN]),
-    "real": (["lora16", "lora64", "gara", "real_lora16", "real_lora64", "real_gara"],
+    "real": (["lora64", "gara", "real_lora64", "real_gara"],
              ["--data", "demo/", "--conditions", "clear", "night", "underwater"]),
-    "gates": (["gara_open", "gara_fast"], ["--data", "demo/"]),
-    "temperature": (["gara_t0.1", "gara_t1", "gara_t2"], ["--data", "demo/"]),
-    "long": (["lora64_long", "gara_long"], ["--data", "demo/"]),
-    "untrained": (["gara_untrained"], ["--data", "demo/"]),
-    "strength": (["lora64", "gara"], ["--data", "demo/", "--strengths", "0.5", "1.5", "2"]),
-    "frozen": (["frozen"], ["--data", "demo/"])}  # last, since it waits for "main"
-ONCE = ["strength"]  # of seed 0 alone
-FULL_STUDY = dict(seeds=3, steps=450, validations=5, pictures=128, leave=())
+    "variants": (["gara_t0.1", "gara_t1", "gara_t2", "gara_open", "gara_fast", "gara_untrained", "lora64_long",
+                  "gara_long"], ["--data", "demo/"]),
+    "few": (["few_lora4", "few_lora64", "few_gara"], ["--data", "demo/"]),
+    "strength": (["lora64", "gara"], ["--data", "demo/", "--strengths", "0.5", "1.5", "2"])}
+ONCE = ["variants", "strength"]  # of seed 0 alone
+FULL_STUDY = dict(seeds=3, steps=240, validations=2, pictures=128, leave=())
 QUICK_STUDY = dict(seeds=1, steps=100, validations=1, pictures=24, leave=(
-    "lora2", "flat_low", "full", "unseen_lora16", "real_lora16", "gara_t0.1", "gara_t1", "gara_open", "gara_fast",
-    "gara_long", "lora64_long"))
+    "lora2", "moe_two", "flat_low", "full", "few_lora4", "gara_t0.1", "gara_t1", "gara_open", "gara_fast",
+    "lora64_long", "gara_long"))
 
 
 def study_jobs(out, seeds, steps, validations, pictures, leave):
@@ -992,28 +992,28 @@ def study_jobs(out, seeds, steps, validations, pictures, leave):
     told, or a function. OUT/runs/RUN_SEED are runs of train.py, OUT/EVALUATION_SEED evaluations."""
     here, scenes = os.path.dirname(os.path.abspath(__file__)), os.path.join(out, "plain")
     jobs = {scenes: ([os.path.join(here, "data.py"), scenes, "--make-demo", "--patterned", "0", "--scenes", "8", "8",
-                      str(pictures // 2)], [])}
-    for seed in range(seeds):
-        at = {run: os.path.join(out, "runs", f"{run}_{seed}") for run in (*RUNS, "frozen")}
-        for run, (_, options) in RUNS.items():
-            if run not in leave:
-                options = [str(3 * steps) if word == "LONG" else word for word in options]
-                options += [] if "--steps" in options else ["--steps", str(steps)]
-                every = max(1, int(options[options.index("--steps") + 1]) // validations)
-                jobs[at[run]] = [os.path.join(here, "train.py"), "--data", "demo/", "--seed", str(seed), "--out",
-                                 at[run], "--workers", "0", "--device", "cpu", "--val-every", str(every), *options], []
-        for name, (runs, options) in EVALUATIONS.items():
-            runs, folder = [run for run in runs if run not in leave], os.path.join(out, f"{name}_{seed}")
-            if not runs or name in ONCE and seed:
-                continue
-            if name == "frozen":
-                main = os.path.join(out, f"main_{seed}")
-                jobs[at["frozen"]] = functools.partial(freeze_gates, main, at["gara"], at["frozen"]), [main]
-            files = [os.path.join(at[run], adapter_file(run)) for run in runs]
-            options = [scenes if word == "PLAIN" else word for word in options]
-            count = pictures // 2 if name in ONCE else pictures
+                      str(pictures // 3)], [])}
+    for name, (runs, asked) in EVALUATIONS.items():
+        for seed in range(1 if name in ONCE else seeds):
+            at, folder = os.path.join(out, "runs", "{}_" + str(seed)), os.path.join(out, f"{name}_{seed}")
+            files = []
+            for run in (run for run in runs if run not in leave):
+                place = at.format(run)
+                files.append(os.path.join(place, adapter_file(run)))
+                if run == "frozen":
+                    main = os.path.join(out, f"main_{seed}")
+                    jobs[place] = functools.partial(freeze_gates, main, at.format("gara"), place), [main]
+                elif place not in jobs:
+                    options = [str(3 * steps) if word == "LONG" else word for word in RUNS[run][1]]
+                    options += [] if "--steps" in options else ["--steps", str(steps)]
+                    every = max(1, int(options[options.index("--steps") + 1]) // validations)
+                    jobs[place] = [os.path.join(here, "train.py"), "--data", "demo/", "--seed", str(seed), "--out",
+                                   place, "--workers", "0", "--device", "cpu", "--val-every", str(every), *options], []
+            options = [scenes if word == "PLAIN" else word for word in asked]
+            count = pictures // 4 if name == "strength" else pictures
             jobs[folder] = [os.path.join(here, "evaluate.py"), "--ckpt", *files, *options, "--limit", str(count),
-                            "--workers", "0", "--device", "cpu", "--out", folder], [*(at[run] for run in runs), scenes]
+                            "--workers", "0", "--device", "cpu", "--out", folder], [*map(os.path.dirname, files),
+                                                                                     *[scenes] * ("PLAIN" in asked)]
     return jobs
 
 
@@ -1047,17 +1047,14 @@ def freeze_gates(main, run, out):
 def run_jobs(jobs, out, at_once):
     """Does what is not done yet, `at_once` jobs side by side. OUT/jobs/NAME.txt is what a job printed, NAME.json says
     that it is done, by which command and in how many seconds. RuntimeError, in one line, when one fails."""
-    place, running, counted, futures = os.path.join(out, "jobs"), set(), [], {}
+    place, processes, counted, waiting, running = os.path.join(out, "jobs"), set(), [], dict(jobs), {}
     os.makedirs(place, exist_ok=True)
 
-    def name_of_job(folder):
-        return os.path.relpath(folder, out).replace(os.sep, "_")
+    def files_of(folder):
+        return (os.path.join(place, os.path.relpath(folder, out).replace(os.sep, "_") + end) for end in (".json", ".txt"))
 
     def do(folder):
-        command, before = jobs[folder]
-        for other in before:
-            futures[other].result()
-        done, log = (os.path.join(place, name_of_job(folder) + end) for end in (".json", ".txt"))
+        command, (done, log) = jobs[folder][0], files_of(folder)
         words = command if isinstance(command, list) else [command.func.__name__, *command.args]
         if os.path.exists(done):
             with open(done) as file:
@@ -1073,9 +1070,9 @@ def run_jobs(jobs, out, at_once):
             with open(log, "a") as file:
                 process = subprocess.Popen([sys.executable, *command, *more], stdout=file, stderr=file,
                                            env=os.environ | dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"))
-                running.add(process)
+                processes.add(process)
                 code = process.wait()
-                running.remove(process)
+                processes.remove(process)
             if code:
                 with open(log) as file:
                     last = ([line.strip() for line in file if line.strip()] or ["it printed nothing"])[-1]
@@ -1083,19 +1080,23 @@ def run_jobs(jobs, out, at_once):
         seconds = time.monotonic() - begun
         data.save_text(json.dumps(dict(command=words, seconds=round(seconds, 1))), done)
         counted.append(seconds)
-        left = sum(not os.path.exists(os.path.join(place, name_of_job(other) + ".json")) for other in jobs)
+        left = sum(not os.path.exists(next(files_of(other))) for other in jobs)
         rest = datetime.timedelta(seconds=round(left * np.mean(counted) / at_once))
         print(f"{len(jobs) - left}/{len(jobs)}  {folder}  {seconds:.0f} s  about {rest} left", flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        for folder in jobs:
-            futures[folder] = pool.submit(do, folder)
         try:
-            for future in concurrent.futures.as_completed(futures.values()):
-                future.result()
+            while waiting or running:
+                open_yet = {*waiting, *running.values()}
+                ready = [folder for folder in waiting if open_yet.isdisjoint(jobs[folder][1])]
+                for folder in ready[:at_once - len(running)]:
+                    running[pool.submit(do, folder)] = folder
+                    del waiting[folder]
+                for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
+                    del running[future]
+                    future.result()
         finally:  # one has failed, or Ctrl-C: the others save what they have, so the same command goes on
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(running):
+            for process in list(processes):
                 process.terminate()
 
 

@@ -2343,7 +2343,7 @@ def test_two_processes_train_as_one(demo, tmp_path):
 def gradients(args, share, dropped=()):
     """What one update does to a LoRA with SGD of rate 1, that is: minus its gradient."""
     run = train.Run(args)
-    run.optimizer = torch.optim.SGD(run.parameters, lr=1)
+    run.optimizer = torch.optim.SGD([dict(params=run.parameters, speed=1.0)], lr=1)
     before = [p.detach().clone() for p in run.parameters]
     run.update([example for k, example in enumerate(share) if k not in dropped])
     return torch.cat([(b - p.detach()).flatten() for b, p in zip(before, run.parameters)])

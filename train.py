@@ -377,8 +377,9 @@ class Run:
         self.sam.train()
         # What the gates draw depends on the step alone, not on what came before: a resumed run draws the same.
         torch.manual_seed(data.seed_of(args.seed, "step", self.step, args.process))
+        rate = learning_rate(self.step, args)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["speed"] * learning_rate(self.step, args)
+            group["lr"] = group["speed"] * rate
         self.optimizer.zero_grad(set_to_none=True)
         parts = [part for k in range(args.accumulate) if (part := share[k::args.accumulate])]
         means = {}
