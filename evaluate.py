@@ -976,13 +976,12 @@ EVALUATIONS = {
                ["--data", "demo/", "--conditions", "clear", *UNSEEN]),
     "real": (["lora64", "gara", "real_lora64", "real_gara"],
              ["--data", "demo/", "--conditions", "clear", "night", "underwater"]),
-    "variants": (["gara_t0.1", "gara_t1", "gara_t2", "gara_open", "gara_fast", "gara_untrained", "lora64_long",
-                  "gara_long"], ["--data", "demo/"]),
-    "few": (["few_lora4", "few_lora64", "few_gara"], ["--data", "demo/"]),
+    "variants": (["gara_t0.1", "gara_t1", "gara_t2", "gara_untrained", "gara_open", "gara_fast", "lora64_long",
+                  "gara_long", "few_lora4", "few_lora64", "few_gara"], ["--data", "demo/"]),
     "strength": (["lora64", "gara"], ["--data", "demo/", "--strengths", "0.5", "1.5", "2"])}
 ONCE = ["variants", "strength"]  # of seed 0 alone
-FULL_STUDY = dict(seeds=3, steps=240, validations=2, pictures=128, leave=())
-QUICK_STUDY = dict(seeds=1, steps=100, validations=1, pictures=24, leave=(
+FULL_STUDY = dict(seeds=3, steps=160, validations=2, pictures=72, leave=())
+QUICK_STUDY = dict(seeds=1, steps=80, validations=1, pictures=24, leave=(
     "lora2", "moe_two", "flat_low", "full", "few_lora4", "gara_t0.1", "gara_t1", "gara_open", "gara_fast",
     "lora64_long", "gara_long"))
 
@@ -1203,10 +1202,11 @@ def probe(vectors, rng):
     return float(np.concatenate(right).mean())
 
 
-def study_gates(out, runs, seeds):
-    """Two tables as Markdown: what the gates of each (evaluation, run) answer to, and what each layer does, by seed."""
+def study_gates(out, runs):
+    """Two tables as Markdown: what the gates of each (evaluation, run, seeds) answer to, and what each layer does, by
+    seed."""
     answers_to, layers = [], []
-    for name, run in runs:
+    for name, run, seeds in runs:
         parts, rng = [], np.random.default_rng(data.seed_of("gates", run))
         for seed in range(seeds):
             vectors, spaces, conditions = gate_vectors(out, name, seed, run)
@@ -1315,24 +1315,30 @@ def write_report(out, plan):
     real, kinds = gather(out, "real", seeds, "demo/"), ("night", "underwater", "clear")
     runs = [run for run in EVALUATIONS["real"][0] if run not in leave]
     say(study_table(real, ["SAM", *runs], kinds), study_table(real, ["SAM", *runs], kinds, "real_gara"))
-    say("## 6. Temperature", f"`{out}/temperature_*`.")
-    warm = gather(out, "temperature", seeds, "demo/")
-    warm[0]["gara"] = values["gara"]
-    say(study_table(warm, [*(run for run in RUNS if run.startswith("gara_t")), "gara"]))
-    gated = [("main", "gara"), *((name, run) for name in ("untrained", "gates", "temperature", "long")
-                                 for run in EVALUATIONS[name][0] if run.startswith("gara") and run not in leave)]
-    say("## 7. What the gates do", *study_gates(out, gated, seeds))
+    once = gather(out, "variants", 1, "demo/")
+    once[0].update({run: values[run][:1] for run in ("gara", "lora64")})
+    say("## 6. Temperature", f"`{out}/variants_0`, seed 0; 0.5 is the paper's.")
+    warm = sorted((run for run in once[0] if run.startswith("gara_t")), key=lambda run: float(run[6:]))
+    say(study_table(once, [*warm, "gara"]), study_table(once, [*warm, "gara"], against="gara"))
+    say("## 7. What the gates do", f"GaRA is that of 3; the others `{out}/variants_0`.")
+    gated = [("variants", run, 1) for run in EVALUATIONS["variants"][0] if run.startswith("gara") and run in once[0]]
+    say(*study_gates(out, [("main", "gara", seeds), *gated]))
     figure(figure_gates, pooled(out, "main", ["gara"], seeds), "GaRA", name="gates")
-    control = gather(out, "frozen", seeds, "demo/")
-    others = {} if "gara_long" in leave else gather(out, "gates", seeds, "demo/")[0] | gather(
-        out, "long", seeds, "demo/")[0]
-    control[0].update(others | {run: values[run] for run in ("gara", "lora64")})
-    runs = ["gara", "frozen", *EVALUATIONS["gates"][0], "lora64", "lora64_long", "gara_long"]
-    say("Frozen: an adapter whose gates choose for every picture what they choose most often.")
-    say(study_table(control, runs), study_table(control, runs, against="gara"))
     say("## 8. Cost", f"`{out}/cost`.")
     cost = read_results(os.path.join(out, "cost", "results.json"))["costs"]
     say(table(cost["heads"], cost["rows"]))
+    say("## 9. Looking for reasons", f"`{out}/frozen_*`: gates that choose for every picture what they choose most often.")
+    control = gather(out, "frozen", seeds, "demo/")
+    control[0]["gara"] = values["gara"]
+    say(study_table(control, ["gara", "frozen"]), study_table(control, ["frozen"], against="gara"))
+    say(f"`{out}/variants_0`, seed 0: other starts and speeds of the gates, and more steps.")
+    few = [run for run in RUNS if run.startswith("few_")]
+    runs = ["gara", "lora64", *(run for run in EVALUATIONS["variants"][0] if run not in (*warm, *few))]
+    say(study_table(once, runs), study_table(once, runs, against="gara"))
+    if "gara_long" in once[0]:
+        say(study_table(once, ["lora64_long"], against="gara_long"))
+    say(f"`{out}/variants_0`, seed 0: trained on 64 pictures, so often that they could be learnt by heart.")
+    say(study_table(once, ["SAM", *few]), study_table(once, few, against="few_gara"))
     say("## The commands")
     for name in sorted(os.listdir(os.path.join(out, "jobs"))):
         if name.endswith(".json"):
