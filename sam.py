@@ -79,12 +79,20 @@ class MLPBlock(nn.Sequential):
 
 # ---------------------------------------------------------------- image encoder
 
-# How many attention scores the encoder holds at a time: on the CPU what fits its cache, on a GPU enough to keep it busy
-# with few launches, elsewhere in between.
+# How many of the picture's tokens, over all images, pass through a layer of the encoder at a time, and how many attention
+# scores are held at a time: on the CPU what fits its caches, on a GPU enough to keep it busy with few launches.
+ENCODED_AT_ONCE = {"cpu": 2**10}
 SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
 SCORES_KEPT = 2**20  # for the backward pass; a head that has more computes them again
-# How many of the picture's tokens, over all prompts, the mask decoder takes at a time, for the same reason.
+# How many of the picture's tokens, over all prompts, the mask decoder takes at a time, and how many of these are then
+# upscaled at a time, for the same reason.
 TOKENS_AT_ONCE = {"cpu": 2**14}
+UPSCALED_AT_ONCE = {"cpu": 2**10}
+
+
+def join(parts, dim=0):
+    """torch.cat, which would copy a single part."""
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def relative_positions(table, size):
@@ -127,33 +135,38 @@ class Attention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, d // heads))
 
     def forward(self, x):  # (N, H, W, d) -> (N, H, W, d)
-        N, H, W, d = x.shape
-        qkv = self.qkv(x)  # (N, H, W, 3d)
-        S = self.window or H  # side of the square within which tokens attend
-        ny, nx = -(-H // S), -(-W // S)  # windows down and across
-        if (ny * S, nx * S) != (H, W):  # pad with what qkv makes of the official code's zeros
-            padded = self.qkv.bias.to(qkv.dtype).expand(N, ny * S, nx * S, 3 * d).clone()
-            padded[:, :H, :W] = qkv
+        N, H, W, _ = x.shape
+        qkv, S = self.qkv(x), self.window or H  # (N, H, W, 3d); side of the square within which tokens attend
+        # In pieces: some rows of windows at a time, or some images.
+        at_once = ENCODED_AT_ONCE.get(x.device.type, 2**17)
+        rows, images = S * max(1, at_once // (S * W)), max(1, at_once // (H * W))
+        return join([join([self.within(piece, S) for piece in image.split(rows, 1)], 1) for image in qkv.split(images)])
+
+    def within(self, qkv, S):  # (n, h, w, 3d) -> (n, h, w, d)
+        """Attention within squares of side S, of which the last in a row or column may be cut off."""
+        n, h, w, _ = qkv.shape
+        ny, nx = -(-h // S), -(-w // S)  # windows down and across
+        if (ny * S, nx * S) != (h, w):  # pad with what qkv makes of the official code's zeros
+            padded = self.qkv.bias.to(qkv.dtype).expand(n, ny * S, nx * S, -1).clone()
+            padded[:, :h, :w] = qkv
             qkv = padded
-        qkv = qkv.view(N, ny, S, nx, S, 3, self.heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = qkv.reshape(3, N * ny * nx * self.heads, S, S, -1)  # (U, S, S, c) each; U heads of windows in all
-        down, right = (relative_positions(table, S).to(q.dtype) for table in (self.rel_pos_h, self.rel_pos_w))
-        bias_h = torch.einsum("uyxc,ykc->uyxk", q, down).flatten(1, 2)  # (U, S * S, S)
-        bias_w = torch.einsum("uyxc,xkc->uyxk", q, right).flatten(1, 2)
-        q, k, v = (t.flatten(1, 2) for t in (q, k, v))  # (U, S * S, c)
-        # In pieces: some heads of windows at a time, and where a single one has too many scores, some of its queries.
-        most = SCORES_AT_ONCE.get(x.device.type, 2**22)
-        queries = min(S * S, max(1, most // S**2))
-        units = max(1, most // (queries * S**2))
+        qkv = qkv.view(n, ny, S, nx, S, 3, self.heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        down, right = (relative_positions(table, S).to(qkv.dtype) for table in (self.rel_pos_h, self.rel_pos_w))
+        # In pieces again: some heads at a time, and where a single one has too many scores, some of its queries.
+        most, windows = SCORES_AT_ONCE.get(qkv.device.type, 2**22), n * ny * nx
+        queries = min(S * S, max(1, most // (windows * S**2)))
         keep = S**4 <= SCORES_KEPT or not torch.is_grad_enabled()
-        piece = attend if keep else functools.partial(recompute, attend, use_reentrant=False)
-        parts = []
-        for q_, k_, v_, h_, w_ in zip(*(t.split(units) for t in (q, k, v, bias_h, bias_w))):
-            blocks = zip(*(t.split(queries, dim=1) for t in (q_, h_, w_)))
-            parts.append(torch.cat([piece(block, k_, v_, h, w) for block, h, w in blocks], dim=1))
-        x = torch.cat(parts)  # (U, S * S, c)
-        x = x.view(N, ny, nx, self.heads, S, S, -1).permute(0, 1, 4, 2, 5, 3, 6).reshape(N, ny * S, nx * S, d)
-        return self.proj(x[:, :H, :W])
+        piece, heads = attend if keep else functools.partial(recompute, attend, use_reentrant=False), []
+        for some in qkv.split(max(1, most // (windows * queries * S**2)), dim=4):
+            q, k, v = some.reshape(3, -1, S, S, some.shape[-1])  # (U, S, S, c) each; U heads of windows in all
+            bias_h = torch.einsum("uyxc,ykc->uyxk", q, down).flatten(1, 2)  # (U, S * S, S)
+            bias_w = torch.einsum("uyxc,xkc->uyxk", q, right).flatten(1, 2)
+            q, k, v = (t.flatten(1, 2) for t in (q, k, v))  # (U, S * S, c)
+            blocks = zip(*(t.split(queries, dim=1) for t in (q, bias_h, bias_w)))
+            x = join([piece(q_, k, v, h_, w_) for q_, h_, w_ in blocks], 1)  # (U, S * S, c)
+            heads.append(x.view(n, ny, nx, -1, S, S, x.shape[-1]))
+        x = join(heads, 3).permute(0, 1, 4, 2, 5, 3, 6).reshape(n, ny * S, nx * S, -1)
+        return self.proj(x[:, :h, :w])
 
 
 class Block(nn.Module):
@@ -168,7 +181,8 @@ class Block(nn.Module):
 
     def forward(self, x):  # (N, H, W, d)
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        parts = x.flatten(0, 2).split(ENCODED_AT_ONCE.get(x.device.type, 2**17))  # (tokens, d) each
+        return join([part + self.mlp(self.norm2(part)) for part in parts]).view_as(x)
 
 
 class ImageEncoder(nn.Module):
@@ -301,7 +315,8 @@ class CrossAttention(nn.Module):
         scores = ((k @ to_q).flatten(1, 2) @ q.transpose(-1, -2)).unflatten(1, (self.heads, -1))  # (P, heads, T, HW)
         shares = (scores + k @ bias.transpose(-1, -2)).softmax(2).flatten(1, 2)  # softmax over T: fast, as HW is last
         v = v @ self.out_proj.weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0)  # (P, heads, T, C)
-        return shares.to(v.dtype).transpose(1, 2) @ v.flatten(1, 2) + self.out_proj.bias
+        v = v + self.out_proj.bias / self.heads  # here, not on every pixel: the shares of each head add up to 1
+        return shares.to(v.dtype).transpose(1, 2) @ v.flatten(1, 2)
 
 
 class TwoWayAttentionBlock(nn.Module):
@@ -393,8 +408,8 @@ class MaskDecoder(nn.Module):
             image = act(image)
         return image
 
-    def predict_masks(self, image_embeddings, image_pe, sparse, dense):
-        """All four: logits (P, 4, 4H, 4W) and predicted IoU (P, 4).
+    def predict_masks(self, image_embeddings, image_pe, sparse, dense, which=slice(4)):
+        """All four, or `which` of them: logits (P, M, 4H, 4W) and predicted IoU (P, M).
 
         image_embeddings (1 or P, C, H, W), image_pe (1, C, H, W), sparse (P, T, C), dense (P, C, H, W).
         """
@@ -405,16 +420,17 @@ class MaskDecoder(nn.Module):
             dense = dense[:1]
         image = (image_embeddings + dense).flatten(2).transpose(1, 2)  # (P or 1, HW, C)
         tokens, image = self.transformer(image, image_pe.flatten(2).transpose(1, 2), tokens)
-        kernels = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=2)
-        masks = self.upscale(image) @ kernels  # (P, 16 HW, C / 8) @ (P, C / 8, 4)
-        masks = masks.view(P, H, W, 2, 2, 2, 2, 4).permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(P, 4, 4 * H, 4 * W)
-        return masks, self.iou_prediction_head(tokens[:, 0])
+        mlps = list(zip(self.output_hypernetworks_mlps, tokens[:, 1:5].unbind(1)))[which]
+        kernels = torch.stack([mlp(token) for mlp, token in mlps], dim=2)
+        parts = image.split(max(1, UPSCALED_AT_ONCE.get(image.device.type, 2**20) // P), 1)
+        masks = join([self.upscale(part) @ kernels for part in parts], 1)  # (P, 16 HW, C / 8) @ (P, C / 8, M)
+        masks = masks.view(P, H, W, 2, 2, 2, 2, -1).permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(P, -1, 4 * H, 4 * W)
+        return masks, self.iou_prediction_head(tokens[:, 0])[:, which]
 
     def forward(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output):
         """The three masks for an ambiguous prompt, or the one for a clear prompt: (P, 3 or 1, 4H, 4W), and scores."""
-        masks, scores = self.predict_masks(
-            image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings)
-        return (masks[:, 1:], scores[:, 1:]) if multimask_output else (masks[:, :1], scores[:, :1])
+        return self.predict_masks(image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings,
+                                  slice(1, 4) if multimask_output else slice(1))
 
 
 # ---------------------------------------------------------------- the whole model, and its weights
@@ -473,7 +489,10 @@ class Sam(nn.Module):
         """
         (height, width), side = input_size, self.image_encoder.img_size
         scale = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
-        return scale(scale(masks.float(), (side, side))[..., :height, :width], original_size)
+        times = side // masks.shape[-1]  # a pixel of the logits becomes so many, squared
+        rows, columns = (min(side // times, -(-size // times) + 1) for size in input_size)  # the others are padding
+        masks = scale(masks[..., :rows, :columns].float(), (rows * times, columns * times))[..., :height, :width]
+        return masks if (height, width) == tuple(original_size) else scale(masks, original_size)
 
     def forward(self, batched_input, multimask_output):
         """The official batch form: a list of dicts, one per picture, -> a list of dicts.
@@ -702,8 +721,11 @@ class SamPredictor:
         features = self.get_image_embedding()
         points = None if point_coords is None else (point_coords, point_labels)
         low_res, scores = self.model.decode(features, points, boxes, mask_input, multimask_output)
-        masks = self.model.postprocess_masks(low_res, self.input_size, self.original_size)
-        return masks if return_logits else masks > self.model.mask_threshold, scores, low_res
+        masks = []  # one prompt at a time, since logits of full size are large
+        for each in low_res.split(1):
+            each = self.model.postprocess_masks(each, self.input_size, self.original_size)
+            masks.append(each if return_logits else each > self.model.mask_threshold)
+        return join(masks), scores, low_res
 
     def get_image_embedding(self):
         """The picture's embedding (1, C, H, W). RuntimeError before set_image."""

@@ -226,10 +226,10 @@ def test_golden_masks(golden, name):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("window", [0, 4])
-@pytest.mark.parametrize("limit", [49 * 49 * 2, 49 * 10, 1])
-def test_attention_in_pieces_equals_one_piece(monkeypatch, limit, window, device):
-    """Two heads at a time, or 10 queries (of 49; of 16 in a window) of one, or a single query: in values and gradients.
-    That one piece is right is what the golden numbers say."""
+@pytest.mark.parametrize("share, tokens", [(0.7, 10**9), (0.1, 10**9), (0.1, 1), (0, 10**9)])
+def test_attention_in_pieces_equals_one_piece(monkeypatch, share, tokens, window, device):
+    """Two heads of both images at a time, some queries of one, one row of windows of one image, or a single query of
+    each window: in values and gradients. That one piece is right is what the golden numbers say."""
     calls, attend, outputs = [], sam.attend, []
     monkeypatch.setattr(sam, "attend", lambda *tensors: calls.append(1) or attend(*tensors))
     torch.manual_seed(0)
@@ -237,17 +237,33 @@ def test_attention_in_pieces_equals_one_piece(monkeypatch, limit, window, device
     for table in (layer.rel_pos_h, layer.rel_pos_w):
         torch.nn.init.normal_(table)
     x = torch.randn(2, 7, 7, 12, dtype=torch.float64, device=device, requires_grad=True)
-    for scores, kept in ((10**9, 10**9), (limit, 0)):
+    limit = max(1, int(share * 3 * 2 * (4 if window else 1) * S**4))  # of all scores
+    strips = (4 if window else 2) if tokens == 1 else 1  # of both images
+    for encoded, scores, kept in ((10**9, 10**9, 10**9), (tokens, limit, 0)):
+        monkeypatch.setitem(sam.ENCODED_AT_ONCE, device, encoded)
         monkeypatch.setitem(sam.SCORES_AT_ONCE, device, scores)
         monkeypatch.setattr(sam, "SCORES_KEPT", kept)
         y = layer(x)
         outputs.append((y, *torch.autograd.grad(y.sin().sum(), (x, *layer.parameters()))))
-    heads, queries = 6 * (4 if window else 1), min(S * S, max(1, limit // S**2))
-    pieces = -(-heads // max(1, limit // (queries * S**2))) * -(-S**2 // queries)
+    windows = 2 * (4 if window else 1) // strips
+    queries = min(S * S, max(1, limit // (windows * S**2)))
+    heads = max(1, limit // (windows * queries * S**2))
+    pieces = strips * -(-3 // heads) * -(-S**2 // queries)
     assert pieces > 1 and len(calls) == 1 + 2 * pieces  # scores are made again on the way back
     assert all(close(got, want, 1e-10) for got, want in zip(*reversed(outputs)))
     with torch.no_grad():
         assert close(layer(x), y, 1e-12)
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_feed_forward_in_pieces_equals_one_piece(monkeypatch, device):
+    """A layer's MLP treats each token by itself."""
+    torch.manual_seed(0)
+    block = sam.Block(12, 3, 0, 7).double().to(device)
+    x = torch.randn(2, 7, 7, 12, dtype=torch.float64, device=device)
+    y = x + block.attn(block.norm1(x))
+    for pieces in (1000, 13, 1):
+        monkeypatch.setitem(sam.ENCODED_AT_ONCE, device, pieces)
+        assert close(block(x), y + block.mlp(block.norm2(y)), 1e-10)
 
 @pytest.fixture
 def predictor():
@@ -2350,7 +2366,7 @@ def gradients(args, share, dropped=()):
 
 def test_the_gradient_is_the_mean_over_masks_however_the_batch_is_cut(demo):
     share = [examples_of(data.load_dataset(demo / "demo", "train"), masks_per_image=2)[i] for i in range(5)]
-    words = f"--data x --checkpoint {demo / 'w.pth'} --method lora --steps 1 --batch-size 5 --device cpu --lr 1"
+    words = f"--data x --checkpoint {demo / 'w.pth'} --method lora --steps 1 --batch-size 5 --device cpu --amp off --lr 1"
     parse = functools.partial(train.parse, words.split())
     whole, args = gradients(parse(), share), parse()
     args.accumulate = 3
