@@ -68,11 +68,24 @@ def resample(image, rows, cols, cubic=False):
                 for k in (range(-1, 3) if cubic else range(2))]
         if cubic:
             t2, t3 = t * t, t * t * t
-            image = (taps[0] * (-0.75 * (t3 - 2 * t2 + t)) + taps[1] * (1.25 * t3 - 2.25 * t2 + 1)
-                     + taps[2] * (-1.25 * t3 + 1.5 * t2 + 0.75 * t) + taps[3] * (-0.75 * (t2 - t3)))
-        else:                                   # a + t(b - a), and not (1-t)a + tb, so that flat areas stay exact
-            image = taps[0] + t * (taps[1] - taps[0])
+            image = 0
+            for tap, weight in zip(taps, (-0.75 * (t3 - 2 * t2 + t), 1.25 * t3 - 2.25 * t2 + 1,
+                                          -1.25 * t3 + 1.5 * t2 + 0.75 * t, -0.75 * (t2 - t3))):
+                tap *= weight
+                tap += image
+                image = tap
+        else:
+            image = between(*taps, t)
     return image
+
+
+def between(a, b, t):
+    """a + t (b - a), and not (1 - t) a + t b, so that flat areas stay exact. In the place of b: new arrays are what
+    takes time."""
+    b -= a
+    b *= t
+    b += a
+    return b
 
 
 def resize(image, height, width, cubic=False):
@@ -93,11 +106,10 @@ def warp(image, dy, dx):
     ty, tx = ((a - b).astype(np.float32)[..., None] for a, b in ((y, y0), (x, x0)))
 
     def row(start):
-        left, right = (pixels[start + k].view(np.uint8).reshape(H, W, 4).astype(np.float32) for k in (0, 1))
-        return left + tx * (right - left)
+        return between(*(pixels[start + k].view(np.uint8).reshape(H, W, 4).astype(np.float32) for k in (0, 1)), tx)
 
-    top, bottom = row(corner), row(corner + padded.shape[1])
-    return np.rint(top + ty * (bottom - top)).astype(np.uint8)[..., :3].copy()
+    out = between(row(corner), row(corner + padded.shape[1]), ty)
+    return np.rint(out, out=out).astype(np.uint8)[..., :3].copy()
 
 
 def correlate(image, kernel):
@@ -137,7 +149,7 @@ def split_hue(image):
 
     The colour models HSV and HLS share these three numbers, and differ in how they name the last two.
     """
-    r, g, b = np.moveaxis(image.astype(np.float32), -1, 0)
+    r, g, b = np.moveaxis(image, -1, 0).astype(np.float32, order="C")
     low, high = np.minimum(np.minimum(r, g), b), np.maximum(np.maximum(r, g), b)
     chroma = np.maximum(high - low, 1e-6)
     hue = np.where(high == r, (g - b) / chroma, np.where(high == g, 2 + (b - r) / chroma, 4 + (r - g) / chroma))
@@ -146,12 +158,23 @@ def split_hue(image):
 
 def join_hue(hue, low, high):
     """Inverse of `split_hue` for any real hue -> float32 HxWx3 RGB."""
-    channels = []
-    for phase in (0, 4, 2):                     # red peaks at hue 0, green at 2, blue at 4
-        turn = (hue + phase) / 6
-        ramp = np.clip(np.abs(6 * (turn - np.floor(turn)) - 3) - 1, 0, 1)
-        channels.append(low + (high - low) * ramp)
-    return np.stack(channels, -1)
+    rgb, chroma = np.empty((*hue.shape, 3), np.float32), high - low
+    for channel, phase in enumerate((0, 4, 2)):                      # red peaks at hue 0, green at 2, blue at 4
+        ramp = (hue + phase) / 6                                     # in turns, then a triangle wave of it
+        ramp -= np.floor(ramp)
+        ramp *= 6
+        ramp -= 3
+        np.abs(ramp, out=ramp)
+        ramp -= 1
+        np.clip(ramp, 0, 1, out=ramp)
+        ramp *= chroma
+        np.add(low, ramp, out=rgb[..., channel])
+    return rgb
+
+
+def fade(image, changed, share):
+    """Between two uint8 arrays, `share` of the way from the first to the second -> uint8."""
+    return changed if share == 1 else np.rint(image + share * (changed.astype(np.float32) - image)).astype(np.uint8)
 
 
 def jpeg(image, coarseness, share):
@@ -160,8 +183,7 @@ def jpeg(image, coarseness, share):
     quality = 50 / coarseness if coarseness > 1 else 100 - 50 * coarseness
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=max(1, round(quality)), subsampling="4:2:0")
-    decoded = np.asarray(Image.open(file)).astype(np.float32)
-    return np.rint(image + share * (decoded - image)).astype(np.uint8)
+    return fade(image, np.array(Image.open(file)), share)
 
 
 def specks(rng, height, width, scale, density, beta):
@@ -349,8 +371,7 @@ def resampling_blur(image, rng, strength=1.0):
     H, W = image.shape[:2]
     factor = 4 * max(1, strength)
     small = np.rint(resize(image, max(1, int(H / factor)), max(1, int(W / factor))))
-    blurred = np.rint(resize(small, H, W))
-    return np.rint(image + min(1, strength) * (blurred - image)).astype(np.uint8)
+    return fade(image, np.rint(resize(small, H, W)).astype(np.uint8), min(1, strength))
 
 
 def motion_blur(image, rng, strength=1.0):
@@ -402,16 +423,20 @@ def color_jitter(image, rng, strength=1.0):
     turn = np.clip((turn - round(turn)) * strength, -0.5, 0.5)
     out = image.astype(np.float32)
     for step in rng.permutation(4):
-        gray = 0.299 * out[..., 0] + 0.587 * out[..., 1] + 0.114 * out[..., 2]
-        if step == 0:
-            out = np.floor(np.minimum(brightness * out, 255))
-        elif step == 1:
-            out = np.floor(np.clip(contrast * out + (1 - contrast) * float(gray.mean(dtype=np.float64)), 0, 255))
-        elif step == 2:
-            out = np.rint(np.clip(gray[..., None] + saturation * (out - gray[..., None]), 0, 255))
-        else:
+        if step == 3:
             hue, low, high = split_hue(out)
-            out = np.rint(join_hue(hue + np.float32(6 * turn), low, high))
+            out = join_hue(hue + np.float32(6 * turn), low, high)
+        elif step == 0:
+            out *= brightness
+        else:
+            gray = 0.299 * out[..., :1] + 0.587 * out[..., 1:2] + 0.114 * out[..., 2:]
+            if step == 1:
+                out *= contrast
+                out += (1 - contrast) * float(gray.mean(dtype=np.float64))
+            else:
+                out = between(gray, out, saturation)
+        np.clip(out, 0, 255, out=out)
+        (np.floor if step < 2 else np.rint)(out, out=out)  # as the original casts and rounds
     return truncate(out)
 
 
@@ -528,6 +553,7 @@ def underwater(image, rng, strength=1.0):
     blur = gaussian(max(sigma, 1e-3), 6)
     return truncate(correlate(correlate(out, blur[:, None]), blur[None]))
 
+
 CORRUPTIONS = {f.__name__: f for f in (
     snow, fog, rain, gauss_noise, ISO_noise, impulse_noise, resampling_blur, motion_blur, zoom_blur, color_jitter,
     compression, elastic_transform, frosted_glass_blur, brightness, contrast)}
@@ -537,8 +563,8 @@ OTHERS = dict(night=night, underwater=underwater)
 def corrupt(image, name, seed=0, strength=1.0):
     """Degrade an image; equal arguments give equal pixels.
 
-    image: uint8 HxWx3 RGB, at least 16x16, left unmodified. name: a key of CORRUPTIONS or OTHERS. seed: a whole number >= 0.
-    strength: 0 (an exact copy) to 10; 1 is the benchmark. Returns a new uint8 HxWx3 array.
+    image: uint8 HxWx3 RGB, at least 16x16, left unmodified. name: a key of CORRUPTIONS or OTHERS. seed: a whole
+    number >= 0. strength: 0 (an exact copy) to 10; 1 is the benchmark. Returns a new uint8 HxWx3 array.
     Raises ValueError, in one line, for anything else.
     """
     functions = CORRUPTIONS | OTHERS

@@ -1050,7 +1050,8 @@ def run_jobs(jobs, out, at_once):
     os.makedirs(place, exist_ok=True)
 
     def files_of(folder):
-        return (os.path.join(place, os.path.relpath(folder, out).replace(os.sep, "_") + end) for end in (".json", ".txt"))
+        name = os.path.join(place, os.path.relpath(folder, out).replace(os.sep, "_"))
+        return name + ".json", name + ".txt"
 
     def do(folder):
         command, (done, log) = jobs[folder][0], files_of(folder)
@@ -1079,7 +1080,7 @@ def run_jobs(jobs, out, at_once):
         seconds = time.monotonic() - begun
         data.save_text(json.dumps(dict(command=words, seconds=round(seconds, 1))), done)
         counted.append(seconds)
-        left = sum(not os.path.exists(next(files_of(other))) for other in jobs)
+        left = sum(not os.path.exists(files_of(other)[0]) for other in jobs)
         rest = datetime.timedelta(seconds=round(left * np.mean(counted) / at_once))
         print(f"{len(jobs) - left}/{len(jobs)}  {folder}  {seconds:.0f} s  about {rest} left", flush=True)
 
@@ -1288,9 +1289,10 @@ def write_report(out, plan):
     def figure(draw, results, *more, name):
         say(f"![{name}]({os.path.basename(draw(results, *more, os.path.join(out, name + '.png')))})")
 
-    say("# GaRA-SAM in miniature", f"The tiny SAM (vit_t), {seeds} seed{'s' * (seeds > 1)}, {plan['steps']} steps of 16 "
-        f"pictures, {len(demo)} test scenes, {int(main[1].sum())} masks; torch {first['torch']}, {first['machine']}. Mean IoU "
-        "over masks and seeds in percent, ± half of the 95 % interval, which draws pictures and seeds again. "
+    say("# GaRA-SAM in miniature", f"The tiny SAM (vit_t), {seeds} seed{'s' * (seeds > 1)}, {plan['steps']} steps of "
+        f"16 pictures, {len(demo)} test scenes, {int(main[1].sum())} masks; torch {first['torch']}, "
+        f"{first['machine']}. Mean IoU over masks and seeds in percent, ± half of the 95 % interval, which draws "
+        "pictures and seeds again. "
         "Differences: [the interval], then that of each seed; in round brackets: no larger than its noise.")
     say("## 1. SAM degrades", f"`{out}/main_0`, `{out}/strength_0`.")
     values, masks, conditions = main
@@ -1327,7 +1329,8 @@ def write_report(out, plan):
     say("## 8. Cost", f"`{out}/cost`.")
     cost = read_results(os.path.join(out, "cost", "results.json"))["costs"]
     say(table(cost["heads"], cost["rows"]))
-    say("## 9. Looking for reasons", f"`{out}/frozen_*`: gates that choose for every picture what they choose most often.")
+    say("## 9. Looking for reasons", f"`{out}/frozen_*`: gates that choose for every picture what they choose most "
+        "often.")
     control = gather(out, "frozen", seeds, "demo/")
     control[0]["gara"] = values["gara"]
     say(study_table(control, ["gara", "frozen"]), study_table(control, ["frozen"], against="gara"))

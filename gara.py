@@ -81,8 +81,8 @@ def gated_linear(x, weight, bias, A, B, mask):
 
 def merged_weight(weight, A, B, mask, dtype):
     """W + B diag(m) A for each image: (N, G * o, d). The product is made in `dtype`, the sum in W's."""
-    update = (B.to(dtype) * mask.to(dtype)[:, None, None, :]) @ A.to(dtype)  # (N, G, o, r) @ (G, r, d)
-    return (weight + update.flatten(1, 2)).to(dtype)
+    update = ((B.to(dtype) * mask.to(dtype)[:, None, None, :]) @ A.to(dtype)).flatten(1, 2)  # (N, G, o, r) @ (G, r, d)
+    return update.add_(weight) if update.dtype == weight.dtype else (weight + update).to(dtype)
 
 
 FORM = "cheaper"  # or "merged", or "factored": for tests

@@ -79,8 +79,8 @@ class MLPBlock(nn.Sequential):
 
 # ---------------------------------------------------------------- image encoder
 
-# How many of the picture's tokens, over all images, pass through a layer of the encoder at a time, and how many attention
-# scores are held at a time: on the CPU what fits its caches, on a GPU enough to keep it busy with few launches.
+# How many of the picture's tokens, over all images, pass through a layer of the encoder at a time, and how many
+# attention scores are held at a time: on the CPU what fits its caches, on a GPU enough to keep it busy.
 ENCODED_AT_ONCE = {"cpu": 2**10}
 SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
 SCORES_KEPT = 2**20  # for the backward pass; a head that has more computes them again

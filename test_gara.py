@@ -2366,7 +2366,8 @@ def gradients(args, share, dropped=()):
 
 def test_the_gradient_is_the_mean_over_masks_however_the_batch_is_cut(demo):
     share = [examples_of(data.load_dataset(demo / "demo", "train"), masks_per_image=2)[i] for i in range(5)]
-    words = f"--data x --checkpoint {demo / 'w.pth'} --method lora --steps 1 --batch-size 5 --device cpu --amp off --lr 1"
+    words = (f"--data x --checkpoint {demo / 'w.pth'} --method lora --steps 1 --batch-size 5 --device cpu --amp off "
+             "--lr 1")
     parse = functools.partial(train.parse, words.split())
     whole, args = gradients(parse(), share), parse()
     args.accumulate = 3
@@ -2425,6 +2426,24 @@ def test_signals_end_a_run_after_the_step_at_hand(demo, finished, tmp_path, monk
     monkeypatch.setattr(train, "learning_rate", rate)
     assert run_train(*arguments, "--resume") == 0
     assert same(last(tmp_path / "run")["weights"], last(finished[0])["weights"])
+
+def test_train_bench_accounts_for_all_the_time(demo, tmp_path, capsys, monkeypatch):
+    """The parts of a step are shares of the whole; what sleeps longest is named; nothing is written or trained."""
+    monkeypatch.chdir(tmp_path)
+    prompts, step = data.prompts, torch.optim.Adam.step
+    monkeypatch.setattr(data, "prompts", lambda *a: time.sleep(0.05) or prompts(*a))
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *a, **k: time.sleep(1) or step(*a, **k))
+    before = sorted(os.listdir(demo))
+    arguments = "--data", demo / "demo", "--checkpoint", demo / "w.pth", "--bench", "--batch-size", 2, "--device", "cpu"
+    assert run_cli(train.main, *arguments) == 0
+    text = capsys.readouterr().out
+    rows = dict(re.findall(r"^(\w[^\d\n]*?) {2,}([\d.]+)", text, re.M))
+    assert 50 <= float(rows["draw prompts"]) <= 0.9 * float(rows["all of it"]) + 50
+    step = {name: float(rows[name]) for name in
+            ("image encoder, forward", "decoder, forward", "optimizer", "loss and backward")}
+    assert sum(step.values()) == pytest.approx(float(rows["the whole step"]), abs=0.1)
+    assert step["optimizer"] >= 500 and all(value > 0 for value in step.values())
+    assert sorted(os.listdir(demo)) == before and not os.listdir(tmp_path)
 
 def test_steps_without_a_finite_gradient_are_skipped_and_counted(demo, tmp_path, monkeypatch, capsys):
     loss, calls = train.mask_loss, itertools.count()

@@ -40,7 +40,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import gara
-from sam import BACKBONES, FILES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, keep_freed_memory
+from sam import (BACKBONES, FILES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, keep_freed_memory,
+                 print_rows)
 
 # What a run uses where the command line is silent. The paper gives Adam, batch 8 and both prompt kinds. Its learning
 # rates did not survive in the text we have, its number of steps is not stated: 1e-4 is RobustSAM's, 40,000 is ours.
@@ -653,6 +654,85 @@ def steps(run, train_set, val_set, interrupt):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# train.py --bench: where a step's time goes.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Seconds by name, of work done `with watch(name):` or between watch.start(name) and watch.stop(name)."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.started = device, {}, {}
+
+    def now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def start(self, name):
+        self.started[name] = self.now()
+
+    def stop(self, name):
+        self.seconds[name] = self.seconds.get(name, 0) + self.now() - self.started[name]
+
+    @contextlib.contextmanager
+    def __call__(self, name):
+        self.start(name)
+        yield
+        self.stop(name)
+
+
+def bench(args, pictures=32, rounds=3):
+    """Print how long each part of an example's preparation and of a step takes. Trains nothing, writes nothing."""
+    sets = data.load_datasets(args.data, "train", args.strict)
+    train_set = data.Union(sets) if len(sets) > 1 else sets[0]
+    examples = Examples(train_set, args.backbone, (rounds + 1) * args.batch_size, args.seed, args.masks_per_image,
+                        args.conditions, args.pretrain, args.clear, args.image_size)
+    resize, watch, count = ResizeLongestSide(examples.size), Stopwatch(torch.device("cpu")), 0
+    for sample in data.spread(train_set, pictures):
+        with watch("read the picture"):
+            image = data.read_image(sample.clear, sample.size)
+        condition = args.conditions[count % len(args.conditions)]
+        with watch("degrade it"):
+            data.degrade(image, condition, count)
+        with watch("decode its masks (polygons, run lengths, PNG)"):
+            masks = sample.masks()
+        with watch("draw prompts"):
+            for mask in masks[:args.masks_per_image]:
+                data.prompts(mask, count)
+        with watch("scale and pad the picture"):
+            resize.apply_image(image)
+        with watch("scale and pad the masks"):
+            for mask in masks[:args.masks_per_image]:
+                examples.target(mask, image.shape[:2])
+        count += 1
+    print(f"{', '.join(args.data)}: {image.shape[1]} x {image.shape[0]}, up to {args.masks_per_image} objects a "
+          f"picture, means over {count} pictures, one process\n")
+    print_rows(["an example", "ms"], [[name, f"{1e3 * seconds / count:.2f}"] for name, seconds in watch.seconds.items()]
+               + [["all of it", f"{1e3 * sum(watch.seconds.values()) / count:.2f}"]])
+
+    run, watch = Run(args), Stopwatch(args.device)
+    for name, module in (("image encoder, forward", run.sam.image_encoder), ("decoder, forward", run.sam.mask_decoder)):
+        module.register_forward_pre_hook(lambda *_, name=name: watch.start(name))
+        module.register_forward_hook(lambda *_, name=name: watch.stop(name))
+    run.optimizer.register_step_pre_hook(lambda *_: watch.start("optimizer"))
+    run.optimizer.register_step_post_hook(lambda *_: watch.stop("optimizer"))
+    for k in range(rounds + 1):
+        share = [examples[k * args.batch_size + n] for n in range(args.batch_size)]
+        if k == 1:
+            watch.seconds.clear()  # the first was a warm-up
+        with watch("the whole step"):
+            run.update(share)
+    whole = watch.seconds.pop("the whole step")
+    parts = watch.seconds | {"loss and backward": whole - sum(watch.seconds.values()), "the whole step": whole}
+    print(f"{args.backbone}, {args.method}, {args.batch_size} pictures a step, {args.device}, amp {args.amp}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}, mean of {rounds} steps\n")
+    print_rows(["a step", "ms a picture", "share"],
+               [[name, f"{1e3 * seconds / rounds / args.batch_size:.2f}", f"{seconds / whole:.0%}"]
+                for name, seconds in parts.items()])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The curve, and the command line.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -764,8 +844,8 @@ def parse(argv):
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="after a warm-up of 5 %% of the steps")
     add("--weight-decay", type=float, default=1e-5)
     add("--clip", type=float, help="largest norm of the gradient (default: none; 1 with --pretrain)")
-    add("--conditions", nargs="+", metavar="NAME", help="what pictures are trained and validated in (default: clear and "
-        "the 15 corruptions); also night and underwater, and strengths as fog@2")
+    add("--conditions", nargs="+", metavar="NAME", help="what pictures are trained and validated in (default: clear "
+        "and the 15 corruptions); also night and underwater, and strengths as fog@2")
     add("--clear", type=float, metavar="P", help="chance of a clear picture (default: as of any other condition)")
     add("--seed", type=int, default=0)
     add("--no-corrupt", action="store_true", help="use the pictures as they are: --conditions clear")
@@ -780,6 +860,7 @@ def parse(argv):
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     add("--amp", choices=("auto", "off", "bf16"), default="auto", help="auto: bf16 where the CPU or GPU computes in it")
     add("--workers", type=int, help="loader processes (default: half the cores, at most 8)")
+    add("--bench", action="store_true", help="train nothing: measure where a step's time goes")
     add("--log-every", type=int, default=20, help="steps")
     add("--save-minutes", type=float, default=10, help="write last.pt at least this often (default 10)")
     add("--keep-every", type=int, metavar="STEPS", help="also keep the adapter of every so many steps")
@@ -835,7 +916,7 @@ def main(argv=None):
     """Run the command line; returns the exit code. A user's mistake ends in one line."""
     args = parse(argv)
     try:
-        if not args.resume and os.path.exists(os.path.join(args.out, "last.pt")):
+        if not (args.resume or args.bench) and os.path.exists(os.path.join(args.out, "last.pt")):
             raise TrainingError(f"{args.out} holds a run already: --resume goes on with it, --out NAME starts another")
         if args.process == 0:
             for root in args.data:
@@ -847,6 +928,9 @@ def main(argv=None):
             dist.barrier()
         if args.device.type == "cpu":
             keep_freed_memory()
+        if args.bench:
+            bench(args)
+            return 0
         return train(args)
     except (TrainingError, data.DatasetError, OSError, ValueError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
