@@ -945,6 +945,7 @@ TEN = ["--conditions", *(condition for condition in data.CONDITIONS if condition
 # as is usual for whole encoders) and, but for "long", steps. Ranks: vit_t is a fifth as wide as vit_b, so LoRA's
 # 2, 4, 16 and 64 stand for about 10, 20, 80 and 300 there, and GaRA's 4 and 48 for the paper's 16 and 256.
 LORA64, NIGHT, FEW = ["--method", "lora", "--rank", "64"], ["--conditions", "night"], ["--limit", "64"]
+FAST = ["--lr", "3e-3"]
 RUNS = {
     "lora2": ("LoRA 2", ["--method", "lora", "--rank", "2"]), "lora4": ("LoRA 4", ["--method", "lora", "--rank", "4"]),
     "lora16": ("LoRA 16", ["--method", "lora", "--rank", "16"]), "lora64": ("LoRA 64", LORA64),
@@ -963,6 +964,8 @@ RUNS = {
     "gara_open": ("GaRA, components start open", ["--gate-bias", "2"]),
     "gara_fast": ("GaRA, gates learn 10 times as fast", ["--gate-lr", "10"]),
     "gara_untrained": ("GaRA, untrained", ["--steps", "1"]),
+    "lora4_lr": ("LoRA 4, learning rate 3e-3", ["--method", "lora", "--rank", "4", *FAST]),
+    "lora64_lr": ("LoRA 64, learning rate 3e-3", LORA64 + FAST), "gara_lr": ("GaRA, learning rate 3e-3", FAST),
     "lora64_long": ("LoRA 64, three times as long", [*LORA64, "--steps", "LONG"]),
     "gara_long": ("GaRA, three times as long", ["--steps", "LONG"])}
 ADAPTED = ["lora2", "lora4", "lora16", "lora64", "moe", "moe_two", "flat_low", "flat_high", "gara", "full"]
@@ -976,14 +979,15 @@ EVALUATIONS = {
                ["--data", "demo/", "--conditions", "clear", *UNSEEN]),
     "real": (["lora64", "gara", "real_lora64", "real_gara"],
              ["--data", "demo/", "--conditions", "clear", "night", "underwater"]),
-    "variants": (["gara_t0.1", "gara_t1", "gara_t2", "gara_untrained", "gara_open", "gara_fast", "lora64_long",
-                  "gara_long", "few_lora4", "few_lora64", "few_gara"], ["--data", "demo/"]),
+    "variants": (["gara_t0.1", "gara_t1", "gara_t2", "gara_untrained", "gara_open", "gara_fast", "lora4_lr",
+                  "lora64_lr", "gara_lr", "lora64_long", "gara_long", "few_lora4", "few_lora64", "few_gara"],
+                 ["--data", "demo/"]),
     "strength": (["lora64", "gara"], ["--data", "demo/", "--strengths", "0.5", "1.5", "2"])}
 ONCE = ["variants", "strength"]  # of seed 0 alone
 FULL_STUDY = dict(seeds=3, steps=160, validations=2, pictures=72, leave=())
 QUICK_STUDY = dict(seeds=1, steps=80, validations=1, pictures=24, leave=(
     "lora2", "moe_two", "flat_low", "full", "few_lora4", "gara_t0.1", "gara_t1", "gara_open", "gara_fast",
-    "lora64_long", "gara_long"))
+    "lora4_lr", "lora64_lr", "gara_lr", "lora64_long", "gara_long"))
 
 
 def study_jobs(out, seeds, steps, validations, pictures, leave):
@@ -1334,12 +1338,13 @@ def write_report(out, plan):
     control = gather(out, "frozen", seeds, "demo/")
     control[0]["gara"] = values["gara"]
     say(study_table(control, ["gara", "frozen"]), study_table(control, ["frozen"], against="gara"))
-    say(f"`{out}/variants_0`, seed 0: other starts and speeds of the gates, and more steps.")
+    say(f"`{out}/variants_0`, seed 0: other starts and speeds of the gates, another learning rate, more steps.")
     few = [run for run in RUNS if run.startswith("few_")]
     runs = ["gara", "lora64", *(run for run in EVALUATIONS["variants"][0] if run not in (*warm, *few))]
     say(study_table(once, runs), study_table(once, runs, against="gara"))
-    if "gara_long" in once[0]:
-        say(study_table(once, ["lora64_long"], against="gara_long"))
+    for run, others in (("gara_lr", ["lora4_lr", "lora64_lr"]), ("gara_long", ["lora64_long"])):
+        if run in once[0]:
+            say(study_table(once, others, against=run))
     say(f"`{out}/variants_0`, seed 0: trained on 64 pictures, so often that they could be learnt by heart.")
     say(study_table(once, ["SAM", *few]), study_table(once, few, against="few_gara"))
     say("## The commands")
