@@ -721,10 +721,10 @@ class SamPredictor:
         features = self.get_image_embedding()
         points = None if point_coords is None else (point_coords, point_labels)
         low_res, scores = self.model.decode(features, points, boxes, mask_input, multimask_output)
-        masks = []  # one prompt at a time, since logits of full size are large
-        for each in low_res.split(1):
-            each = self.model.postprocess_masks(each, self.input_size, self.original_size)
-            masks.append(each if return_logits else each > self.model.mask_threshold)
+        masks = []  # some prompts at a time, on the CPU one, since logits of full size are large
+        for part in low_res.split(1 if self.device.type == "cpu" else 32):
+            part = self.model.postprocess_masks(part, self.input_size, self.original_size)
+            masks.append(part if return_logits else part > self.model.mask_threshold)
         return join(masks), scores, low_res
 
     def get_image_embedding(self):
