@@ -2430,19 +2430,19 @@ def test_signals_end_a_run_after_the_step_at_hand(demo, finished, tmp_path, monk
 def test_train_bench_accounts_for_all_the_time(demo, tmp_path, capsys, monkeypatch):
     """The parts of a step are shares of the whole; what sleeps longest is named; nothing is written or trained."""
     monkeypatch.chdir(tmp_path)
-    prompts, step = data.prompts, torch.optim.Adam.step
+    prompts, decode = data.prompts, sam.MaskDecoder.forward
     monkeypatch.setattr(data, "prompts", lambda *a: time.sleep(0.05) or prompts(*a))
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda *a, **k: time.sleep(1) or step(*a, **k))
+    monkeypatch.setattr(sam.MaskDecoder, "forward", lambda *a: time.sleep(0.2) or decode(*a))
     before = sorted(os.listdir(demo))
     arguments = "--data", demo / "demo", "--checkpoint", demo / "w.pth", "--bench", "--batch-size", 2, "--device", "cpu"
     assert run_cli(train.main, *arguments) == 0
     text = capsys.readouterr().out
     rows = dict(re.findall(r"^(\w[^\d\n]*?) {2,}([\d.]+)", text, re.M))
-    assert 50 <= float(rows["draw prompts"]) <= 0.9 * float(rows["all of it"]) + 50
+    assert 50 <= float(rows["draw prompts"]) <= float(rows["all of it"])
     step = {name: float(rows[name]) for name in
             ("image encoder, forward", "decoder, forward", "optimizer", "loss and backward")}
     assert sum(step.values()) == pytest.approx(float(rows["the whole step"]), abs=0.1)
-    assert step["optimizer"] >= 500 and all(value > 0 for value in step.values())
+    assert step["decoder, forward"] >= 200 and min(step.values()) > 0  # points and boxes, for two pictures
     assert sorted(os.listdir(demo)) == before and not os.listdir(tmp_path)
 
 def test_steps_without_a_finite_gradient_are_skipped_and_counted(demo, tmp_path, monkeypatch, capsys):
