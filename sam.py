@@ -840,14 +840,15 @@ def from_file(spec, flag):
         raise ValueError(f"{flag} {spec}: there is no such file; say FILE.py:NAME")
     module_spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
     module = importlib.util.module_from_spec(module_spec)
-    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # as if it were run: it finds the files beside it
+    folder = os.path.dirname(os.path.abspath(path))
+    sys.path.insert(0, folder)  # as if it were run: it finds the files beside it
     try:
         module_spec.loader.exec_module(module)
         return getattr(module, name)
     except Exception as error:  # whatever it raises, the user must know that it came from there
         raise ValueError(f"{flag} {spec}: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.pop(0)
+        sys.path.remove(folder)  # not the first entry: the file may have added its own
 
 
 @torch.no_grad()
@@ -862,7 +863,12 @@ def bench(backbone, batch, device, compiled=False, against=(), rounds=5):
     for name, parameter in sam.image_encoder.named_parameters():
         if "pos" in name:  # zero in a fresh model
             nn.init.normal_(parameter, std=0.02)
-    others = {name: make(backbone, sam.state_dict()) for name, make in against}
+    others = {}
+    for name, make in against:
+        try:
+            others[name] = make(backbone, sam.state_dict())
+        except Exception as error:  # somebody else's code
+            raise ValueError(f"--against {name}: {type(error).__name__}: {error}") from error
     sam.to(device)
     sizes, side = BACKBONES[backbone], sam.image_encoder.img_size
     x = torch.randn(batch, 3, side, side, device=device)

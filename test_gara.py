@@ -511,7 +511,8 @@ def test_sam_bench(tmp_path, capsys, monkeypatch):
     """Finite rows, bfloat16 near float32, and a row that failed stays in the table."""
     monkeypatch.setattr(torch, "compile", lambda module: lambda x: 1 / 0)
     lines = ("import sam", "def other(backbone, weights):", "    model = sam.build_sam(backbone)",
-             "    model.load_state_dict(weights)", "    return model.image_encoder, sam.SamPredictor(model)")
+             "    model.load_state_dict(weights)", "    return model.image_encoder, sam.SamPredictor(model)",
+             "def absent(backbone, weights):", "    import no_such_module")
     (tmp_path / "other.py").write_text("\n".join(lines))
     assert run_cli(sam.main, "--bench", "--backbone", "vit_t", "--batch", 2, "--compile", "--device", "cpu",
                    "--against", f"{tmp_path / 'other.py'}:other") == 0
@@ -525,7 +526,8 @@ def test_sam_bench(tmp_path, capsys, monkeypatch):
     assert rows["other"][-1] == "0e+00, 1.0000"
     found = re.findall(r"^(?:other: )?(?:one call, 100 prompts|100 calls of predict) +[\d.]+ +\S+$", text, re.M)
     assert len(found) == 4
-    for mistake in (["--batch", "0"], ["--device", "nonsense"], ["photo.jpg"], ["--against", "none.py:x"]):
+    for mistake in (["--batch", "0"], ["--device", "nonsense"], ["photo.jpg"], ["--against", "none.py:x"],
+                    ["--against", f"{tmp_path / 'other.py'}:absent"]):
         assert run_cli(sam.main, "--bench", "--backbone", "vit_t", *mistake) == 2 and one_error(capsys)
 
 def test_the_multiplications_that_the_bench_counts(monkeypatch, capsys):
