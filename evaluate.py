@@ -1352,8 +1352,8 @@ def write_report(out, plan):
         if name.endswith(".json"):
             with open(os.path.join(out, "jobs", name)) as file:
                 job = json.load(file)
-            words = [os.path.relpath(word) if os.path.isabs(word) else word for word in job["command"]]
-            say(f"    {' '.join(words)}    # {job['seconds']:.0f} s")
+            script, *words = map(str, job["command"])
+            say(f"    {' '.join([os.path.basename(script), *words])}    # {job['seconds']:.0f} s")
     data.save_text("\n".join(text), os.path.join(out, "report.md"))
 
 
