@@ -137,6 +137,12 @@ class Examples(torch.utils.data.Dataset):
         return np.asarray(frame.reduce(self.patch // 4))
 
 
+def examples_of(train_set, args, steps):
+    """The examples of so many steps of the run that `args` describes."""
+    return Examples(train_set, args.backbone, steps * args.batch_size, args.seed, args.masks_per_image,
+                    args.conditions, args.pretrain, args.clear, args.image_size)
+
+
 def vary(image, masks, rng):
     """For `--pretrain`: the picture and its masks transposed, mirrored, with colour channels exchanged, at random."""
     if rng.random() < 0.5:
@@ -609,8 +615,7 @@ def train(args):
 def steps(run, train_set, val_set, interrupt):
     """Train from run.step to the end, or until interrupted."""
     args = run.args
-    examples = Examples(train_set, args.backbone, args.steps * args.batch_size, args.seed, args.masks_per_image,
-                        args.conditions, args.pretrain, args.clear, args.image_size)
+    examples = examples_of(train_set, args, args.steps)
     first, started, count = run.step, time.monotonic(), 0
     interval, waited, asked, written = started, 0.0, started, started
     for share in batches(examples, run.step, args):
@@ -686,26 +691,23 @@ def bench(args, pictures=32, rounds=3):
     """Print how long each part of an example's preparation and of a step takes. Trains nothing, writes nothing."""
     sets = data.load_datasets(args.data, "train", args.strict)
     train_set = data.Union(sets) if len(sets) > 1 else sets[0]
-    examples = Examples(train_set, args.backbone, (rounds + 1) * args.batch_size, args.seed, args.masks_per_image,
-                        args.conditions, args.pretrain, args.clear, args.image_size)
-    resize, watch, count = ResizeLongestSide(examples.size), Stopwatch(torch.device("cpu")), 0
-    for sample in data.spread(train_set, pictures):
+    examples, chosen = examples_of(train_set, args, rounds + 1), data.spread(train_set, pictures)
+    resize, watch, count = ResizeLongestSide(examples.size), Stopwatch(torch.device("cpu")), len(chosen)
+    for k, sample in enumerate(chosen):
         with watch("read the picture"):
             image = data.read_image(sample.clear, sample.size)
-        condition = args.conditions[count % len(args.conditions)]
         with watch("degrade it"):
-            data.degrade(image, condition, count)
+            data.degrade(image, args.conditions[k % len(args.conditions)], k)
         with watch("decode its masks (polygons, run lengths, PNG)"):
             masks = sample.masks()
         with watch("draw prompts"):
             for mask in masks[:args.masks_per_image]:
-                data.prompts(mask, count)
+                data.prompts(mask, k)
         with watch("scale and pad the picture"):
             resize.apply_image(image)
         with watch("scale and pad the masks"):
             for mask in masks[:args.masks_per_image]:
                 examples.target(mask, image.shape[:2])
-        count += 1
     print(f"{', '.join(args.data)}: {image.shape[1]} x {image.shape[0]}, up to {args.masks_per_image} objects a "
           f"picture, means over {count} pictures, one process\n")
     print_rows(["an example", "ms"], [[name, f"{1e3 * seconds / count:.2f}"] for name, seconds in watch.seconds.items()]
