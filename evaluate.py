@@ -1498,10 +1498,10 @@ def parse(argv):
     args = parser.parse_args(argv)
     if bool(args.data) + bool(args.stored) + args.study != 1:
         parser.error("say --data ROOT to measure, --from results.json to draw what was measured, or --study")
-    if (args.quick or args.seeds or args.jobs) and not args.study:
+    if (args.quick or args.seeds is not None or args.jobs is not None) and not args.study:
         parser.error("--quick, --seeds and --jobs belong to --study")
     args.out = args.out or ("study_quick" if args.quick else "study" if args.study else "results")
-    args.jobs = args.jobs or os.cpu_count() or 1
+    args.jobs = (os.cpu_count() or 1) if args.jobs is None else args.jobs
     for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0), ("jobs", 1), ("seeds", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more")
