@@ -35,6 +35,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from sam import Linear, join, linear, onednn_serves
+
 METHODS = ("gara", "gara_flat", "lora", "moe_lora")
 # Options of each method and their defaults: the paper's ranks. The tiny vit_t is 160 wide where vit_b is 768, and its
 # ranks shrink about as much.
@@ -76,7 +78,8 @@ def gated_linear(x, weight, bias, A, B, mask):
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     with torch.autocast(x.device.type, enabled=False):
-        return GatedLinear.apply(x.reshape(N, -1, x.shape[-1]), weight, bias, A, B, mask).view(*shape, -1)
+        x = x.reshape(N, -1, x.shape[-1])
+        return GatedLinear.apply(x, weight, bias, A, B, mask, onednn_serves(x) and onednn_serves(A)).view(*shape, -1)
 
 
 def merged_weight(weight, A, B, mask, dtype):
@@ -97,10 +100,17 @@ class GatedLinear(torch.autograd.Function):
     """`gated_linear` on x (N, n, d), with its own backward pass."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, mask):
+    def forward(ctx, x, weight, bias, A, B, mask, by_onednn):  # as for `linear`, which adapted and plain layers share
         ctx.save_for_backward(x, weight, A, B, mask)
         n, (_, o, r), d = x.shape[1], B.shape, x.shape[2]
         if choose_merged(r * o * d, n * r * (o + d)):
+            if by_onednn:
+                y = []
+                for image, m in zip(x, mask):
+                    some = m.nonzero()[:, 0]  # closed components cost nothing: unlike a GPU, a CPU need not wait for m
+                    update = torch.cat([linear(b[:, some] * m[some], a[some].T) for a, b in zip(A, B)])
+                    y.append(linear(image, update.add_(weight), bias)[None])
+                return join(y)
             return torch.baddbmm(bias.to(x.dtype), x, merged_weight(weight, A, B, mask, x.dtype).mT)
         hidden = (x[:, None] @ A.to(x.dtype).mT) * mask.to(x.dtype)[:, None, None, :]  # (N, G, n, r)
         update = hidden @ B.to(x.dtype).mT  # (N, G, n, o)
@@ -110,7 +120,7 @@ class GatedLinear(torch.autograd.Function):
     def backward(ctx, dy):  # (N, n, G * o)
         x, weight, A, B, mask = ctx.saved_tensors
         n, (G, o, r), d, dtype = x.shape[1], B.shape, x.shape[2], x.dtype
-        need_x, need_weight, need_bias, *need_adapter = ctx.needs_input_grad
+        need_x, need_weight, need_bias, *need_adapter, _ = ctx.needs_input_grad
         dx = dweight = dbias = dA = dB = dmask = None
         if choose_merged(3 * r * o * d + n * o * d, n * r * (2 * o + 3 * d)):
             if need_x:
@@ -137,7 +147,7 @@ class GatedLinear(torch.autograd.Function):
         if need_bias:
             dbias = dy.sum((0, 1), dtype=weight.dtype)
         adapter = zip((dA, dB, dmask), (A, B, mask))
-        return dx, dweight, dbias, *(None if grad is None else grad.to(t.dtype) for grad, t in adapter)
+        return dx, dweight, dbias, *(None if grad is None else grad.to(t.dtype) for grad, t in adapter), None
 
 
 # ---------------------------------------------------------------- the gates
@@ -292,7 +302,7 @@ def detach(sam):
         if isinstance(block.attn.qkv, Adapter):
             old = block.attn.qkv
             with torch.device("meta"):
-                block.attn.qkv = nn.Linear(old.weight.shape[1], old.weight.shape[0])
+                block.attn.qkv = Linear(old.weight.shape[1], old.weight.shape[0])
             block.attn.qkv.weight, block.attn.qkv.bias = old.weight, old.bias
     sam.adapter = None
     return sam.requires_grad_(True)

@@ -60,6 +60,44 @@ class CheckpointError(ValueError):
     """A weights file that is unreadable, foreign or for another model. The message is one line and says which."""
 
 
+# ---------------------------------------------------------------- matrix products, where most of SAM's time goes
+# PyTorch multiplies float32 matrices on a CPU by MKL. It also carries oneDNN, as exact and faster: 1.2 to 1.5 times on
+# an AMD EPYC (README, "What it costs"). `torch.ops.mkldnn._linear_pointwise` is the call that torch.compile makes.
+
+def onednn_serves(x):
+    """Whether oneDNN multiplies x: float32 on a CPU where it would be MKL, and no gradient.
+
+    `torch.backends.mkldnn.enabled = False` leaves it to MKL.
+    """
+    return (not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == torch.float32
+            and x.numel() > 0 and torch.backends.mkl.is_available() and torch.backends.mkldnn.enabled
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")))
+
+
+def linear(x, weight, bias=None, act="none"):
+    """x W^T + b for x (..., i), W (o, i) and b (o,) -> (..., o); with act="gelu" the GELU of it."""
+    if onednn_serves(x):
+        if not (weight.is_contiguous() or weight.mT.is_contiguous()):
+            weight = weight.contiguous()  # with gaps between its rows it takes 500 times as long
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, act, [], "none")
+    y = F.linear(x, weight, bias)
+    return F.gelu(y) if act == "gelu" else y
+
+
+def products(a, b):
+    """a b^T of each of a batch: a (P, m, K), b (P or 1, n, K) -> (P, m, n)."""
+    return linear(a, b[0]) if len(b) == 1 else a @ b.mT
+
+
+# ---------------------------------------------------------------- layers of all three parts
+
+class Linear(nn.Linear):
+    """nn.Linear for many tokens. For a few, such as a prompt's, nn.Linear itself is as fast."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of (N, C, H, W)."""
 
@@ -74,7 +112,7 @@ class MLPBlock(nn.Sequential):
     """Linear, activation, linear: the feed-forward half of a transformer layer."""
 
     def __init__(self, width, hidden, activation):
-        super().__init__(OrderedDict(lin1=nn.Linear(width, hidden), act=activation, lin2=nn.Linear(hidden, width)))
+        super().__init__(OrderedDict(lin1=Linear(width, hidden), act=activation, lin2=Linear(hidden, width)))
 
 
 # ---------------------------------------------------------------- image encoder
@@ -82,11 +120,11 @@ class MLPBlock(nn.Sequential):
 # How many of the picture's tokens, over all images, pass through a layer of the encoder at a time, and how many
 # attention scores are held at a time: on the CPU what fits its caches, on a GPU enough to keep it busy.
 ENCODED_AT_ONCE = {"cpu": 2**10}
-SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+SCORES_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
 SCORES_KEPT = 2**20  # for the backward pass; a head that has more computes them again
 # How many of the picture's tokens, over all prompts, the mask decoder takes at a time, and how many of these are then
 # upscaled at a time, for the same reason.
-TOKENS_AT_ONCE = {"cpu": 2**14}
+TOKENS_AT_ONCE = {"cpu": 2**12}
 UPSCALED_AT_ONCE = {"cpu": 2**10}
 
 
@@ -115,6 +153,10 @@ def attend(q, k, v, bias_h, bias_w):
         q = torch.cat([q * q.shape[-1] ** -0.5, bias_h, bias_w], dim=-1)  # (U, Q, c + 2S)
         k = torch.cat([k, codes.expand(len(k), -1, -1)], dim=-1)  # (U, S * S, c + 2S)
         return (q @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+    if len(q) == 1 and onednn_serves(q):
+        scores = linear(q[0] * q.shape[-1] ** -0.5, k[0])  # (Q, S * S)
+        scores.view(-1, *bias_h.shape[-1:] * 2).add_(bias_h[0, :, :, None]).add_(bias_w[0, :, None])
+        return linear(torch.softmax(scores, -1, out=scores), v[0].T)[None]
     bias = (bias_h[..., :, None] + bias_w[..., None, :]).flatten(-2)  # (U, Q, S * S)
     return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias[None])[0]
 
@@ -128,8 +170,8 @@ class Attention(nn.Module):
     def __init__(self, d, heads, window, size):
         super().__init__()
         self.heads, self.window = heads, window
-        self.qkv = nn.Linear(d, 3 * d)  # the layer that gara.attach adapts
-        self.proj = nn.Linear(d, d)
+        self.qkv = Linear(d, 3 * d)  # the layer that gara.attach adapts
+        self.proj = Linear(d, d)
         side = window or size
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, d // heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, d // heads))
@@ -161,7 +203,7 @@ class Attention(nn.Module):
             q, k, v = some.reshape(3, -1, S, S, some.shape[-1])  # (U, S, S, c) each; U heads of windows in all
             bias_h = torch.einsum("uyxc,ykc->uyxk", q, down).flatten(1, 2)  # (U, S * S, S)
             bias_w = torch.einsum("uyxc,xkc->uyxk", q, right).flatten(1, 2)
-            q, k, v = (t.flatten(1, 2) for t in (q, k, v))  # (U, S * S, c)
+            q, k, v = (t.flatten(1, 2).contiguous() for t in (q, k, v))  # (U, S * S, c)
             blocks = zip(*(t.split(queries, dim=1) for t in (q, bias_h, bias_w)))
             x = join([piece(q_, k, v, h_, w_) for q_, h_, w_ in blocks], 1)  # (U, S * S, c)
             heads.append(x.view(n, ny, nx, -1, S, S, x.shape[-1]))
@@ -296,7 +338,11 @@ class CrossAttention(nn.Module):
         return linear.weight.unflatten(0, (self.heads, -1)), linear.bias.unflatten(0, (self.heads, 1, -1))
 
     def forward(self, q, k, v):  # (P, Q, C), (P, K, C), (P, K, C) -> (P, Q, C)
-        q, k, v = (self.split(t) for t in (self.q_proj(q), self.k_proj(k), self.v_proj(v)))  # (P, heads, Q or K, c)
+        return self.attend(self.q_proj(q), self.k_proj(k), self.v_proj(v))
+
+    def attend(self, q, k, v):
+        """The same for q, k, v that are projected already; k and v may be one prompt's for all."""
+        q, k, v = (self.split(t) for t in (q, k, v))  # (P, heads, Q or K, c)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         return self.out_proj((scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
@@ -304,19 +350,23 @@ class CrossAttention(nn.Module):
         """The same for T tokens q (P, T, C) and pixels k, v (P or 1, HW, C), projected last -> (P, T, C)."""
         q, (to_k, _), (to_v, bias) = self.split(self.q_proj(q)), self.weights(self.k_proj), self.weights(self.v_proj)
         q = (q * q.shape[-1] ** -0.5) @ to_k  # (P, heads, T, C); k's bias would move all scores of a token alike
-        scores = q.flatten(1, 2) @ k.transpose(-1, -2)  # (P, heads * T, HW)
-        seen = (scores.softmax(-1).to(v.dtype) @ v).unflatten(1, (self.heads, -1))  # (P, heads, T, C)
+        scores = products(q.flatten(1, 2), k)  # (P, heads * T, HW)
+        seen = products(scores.softmax(-1).to(v.dtype), v.mT).unflatten(1, (self.heads, -1))  # (P, heads, T, C)
         return self.out_proj((seen @ to_v.transpose(-1, -2) + bias).transpose(1, 2).flatten(2))
 
-    def image_to_tokens(self, q, k, v):
-        """The same for pixels q (P or 1, HW, C) and T tokens k, v (P, T, C) -> (P, HW, C)."""
+    def image_to_tokens(self, q, k, v, projected=False):
+        """The same for pixels q (P or 1, HW, C or, if projected, inner width) and T tokens k, v (P, T, C)
+        -> (P, HW, C)."""
         k, v, (to_q, bias) = self.split(self.k_proj(k)), self.split(self.v_proj(v)), self.weights(self.q_proj)
         k = k * k.shape[-1] ** -0.5
-        scores = ((k @ to_q).flatten(1, 2) @ q.transpose(-1, -2)).unflatten(1, (self.heads, -1))  # (P, heads, T, HW)
-        shares = (scores + k @ bias.transpose(-1, -2)).softmax(2).flatten(1, 2)  # softmax over T: fast, as HW is last
+        if projected:
+            scores = k @ self.split(q).mT  # (P, heads, T, HW)
+        else:
+            scores = products((k @ to_q).flatten(1, 2), q).unflatten(1, (self.heads, -1)) + k @ bias.mT
+        shares = scores.softmax(2).flatten(1, 2)  # softmax over T: fast, as HW is last
         v = v @ self.out_proj.weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0)  # (P, heads, T, C)
         v = v + self.out_proj.bias / self.heads  # here, not on every pixel: the shares of each head add up to 1
-        return shares.to(v.dtype).transpose(1, 2) @ v.flatten(1, 2)
+        return products(shares.to(v.dtype).mT, v.flatten(1, 2).mT)
 
 
 class TwoWayAttentionBlock(nn.Module):
@@ -334,15 +384,26 @@ class TwoWayAttentionBlock(nn.Module):
         self.norm4 = nn.LayerNorm(C)
         self.cross_attn_image_to_token = CrossAttention(C, heads, downsample=2)
 
-    def forward(self, tokens, image, token_pe, image_pe):  # tokens (P, T, C), image (P or 1, HW, C) -> both, P each
+    def project(self, image, image_pe):
+        """A picture's part in both attentions between it and the tokens: k and v for the tokens, its own q."""
+        look, tell, places = self.cross_attn_token_to_image, self.cross_attn_image_to_token, image + image_pe
+        return look.k_proj(places), look.v_proj(image), tell.q_proj(places)
+
+    def forward(self, tokens, image, token_pe, image_pe, projected=None):
+        """tokens (P, T, C), image (P or 1, HW, C) -> both, P each. projected: what `project` made of the image."""
         q = tokens if self.first else tokens + token_pe
         attended = self.self_attn(q, q, tokens)
         tokens = self.norm1(attended if self.first else tokens + attended)
-        places = image + image_pe
-        tokens = self.norm2(tokens + self.cross_attn_token_to_image.tokens_to_image(tokens + token_pe, places, image))
+        look, tell, q = self.cross_attn_token_to_image, self.cross_attn_image_to_token, tokens + token_pe
+        if projected:
+            k, v, places = projected
+            seen = look.attend(look.q_proj(q), k, v)
+        else:
+            places = image + image_pe
+            seen = look.tokens_to_image(q, places, image)
+        tokens = self.norm2(tokens + seen)
         tokens = self.norm3(tokens + self.mlp(tokens))
-        image = self.norm4(
-            image + self.cross_attn_image_to_token.image_to_tokens(places, tokens + token_pe, tokens))
+        image = self.norm4(image + tell.image_to_tokens(places, tokens + token_pe, tokens, bool(projected)))
         return tokens, image
 
 
@@ -355,10 +416,11 @@ class TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = CrossAttention(C, heads, downsample=2)
         self.norm_final_attn = nn.LayerNorm(C)
 
-    def forward(self, image, image_pe, tokens):  # (P or 1, HW, C), (1, HW, C), (P, T, C) -> tokens, image
+    def forward(self, image, image_pe, tokens, projected=None):
+        """(P or 1, HW, C), (1, HW, C), (P, T, C) -> tokens, image. projected: what the first layer's `project` gave."""
         token_pe = tokens
         for layer in self.layers:
-            tokens, image = layer(tokens, image, token_pe, image_pe)
+            tokens, image = layer(tokens, image, token_pe, image_pe, projected if layer.first else None)
         look = self.final_attn_token_to_image.tokens_to_image(tokens + token_pe, image + image_pe, image)
         return self.norm_final_attn(tokens + look), image
 
@@ -393,44 +455,57 @@ class MaskDecoder(nn.Module):
         self.output_hypernetworks_mlps = nn.ModuleList(MLP(C, C, C, C // 8) for _ in range(4))
         self.iou_prediction_head = MLP(C, 256, 256, 4)
 
-    def upscale(self, image):
-        """(P, HW, C) -> (P, 16 HW, C / 8): every pixel becomes 2 x 2, and each of these again.
+    def upscale(self, image, kernels):
+        """Pixels (P, HW, C) become 4 x 4 each and meet the masks' kernels (P, M, C / 8) -> (P, 16 HW, M).
 
-        A transposed convolution whose kernel is as large as its stride is a linear layer on each pixel. What it makes
-        of a pixel stays together here; the pixels are brought in order when only the masks are left.
+        Every pixel becomes 2 x 2, and each of these again. A transposed convolution whose kernel is as large as its
+        stride is a linear layer on each pixel. What it makes of a pixel stays together here; the pixels are brought in
+        order when only the masks are left.
         """
-        first, norm, act, second, _ = self.output_upscaling
-        for conv in (first, second):
-            weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2 * 2 * out, in)
-            image = F.linear(image, weight, conv.bias.repeat(4)).view(len(image), -1, conv.out_channels)
-            if conv is first:
-                image = F.layer_norm(image, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-            image = act(image)
-        return image
+        first, norm, _, second, _ = self.output_upscaling
+        (weight, bias), last = ((conv.weight.permute(2, 3, 1, 0).flatten(0, 2), conv.bias.repeat(4))  # (4 out, in)
+                                for conv in (first, second))
+        masks = []
+        for part in image.split(max(1, UPSCALED_AT_ONCE.get(image.device.type, 2**20) // len(image)), 1):
+            part = linear(part, weight, bias).view(len(image), -1, first.out_channels)
+            part = F.gelu(F.layer_norm(part, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
+            part = linear(part, *last, "gelu").view(len(image), -1, second.out_channels)
+            masks.append(products(part, kernels))
+        return join(masks, 1)
 
-    def predict_masks(self, image_embeddings, image_pe, sparse, dense, which=slice(4)):
+    def share(self, image_embeddings, image_pe, dense):
+        """What the prompts on one picture share, all arguments with 1 in front: the picture's tokens (1, HW, C), their
+        positions (1, HW, C), and the first layer's projections of them."""
+        image, image_pe = (image_embeddings + dense).flatten(2).mT, image_pe.flatten(2).mT
+        return image, image_pe, self.transformer.layers[0].project(image, image_pe)
+
+    def predict_masks(self, image_embeddings, image_pe, sparse, dense, which=slice(4), shared=None):
         """All four, or `which` of them: logits (P, M, 4H, 4W) and predicted IoU (P, M).
 
-        image_embeddings (1 or P, C, H, W), image_pe (1, C, H, W), sparse (P, T, C), dense (P, C, H, W).
+        image_embeddings (1 or P, C, H, W), image_pe (1, C, H, W), sparse (P, T, C), dense (P, C, H, W). shared: what
+        `share` made of these, where all prompts have one picture and no mask.
         """
         P, (H, W) = len(sparse), image_embeddings.shape[2:]
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (5, C)
         tokens = torch.cat([output_tokens.expand(P, -1, -1), sparse], dim=1)  # (P, 5 + T, C)
-        if dense.stride(0) == 0:  # without mask prompts, all prompts see the same picture: it need not be copied
-            dense = dense[:1]
-        image = (image_embeddings + dense).flatten(2).transpose(1, 2)  # (P or 1, HW, C)
-        tokens, image = self.transformer(image, image_pe.flatten(2).transpose(1, 2), tokens)
+        if shared:
+            image, image_pe, projected = shared
+        else:
+            if dense.stride(0) == 0:  # without mask prompts, all prompts see the same picture: it need not be copied
+                dense = dense[:1]
+            image, image_pe, projected = (image_embeddings + dense).flatten(2).mT, image_pe.flatten(2).mT, None
+        tokens, image = self.transformer(image, image_pe, tokens, projected)  # image (P or 1, HW, C) -> (P, HW, C)
         mlps = list(zip(self.output_hypernetworks_mlps, tokens[:, 1:5].unbind(1)))[which]
-        kernels = torch.stack([mlp(token) for mlp, token in mlps], dim=2)
-        parts = image.split(max(1, UPSCALED_AT_ONCE.get(image.device.type, 2**20) // P), 1)
-        masks = join([self.upscale(part) @ kernels for part in parts], 1)  # (P, 16 HW, C / 8) @ (P, C / 8, M)
+        kernels = torch.stack([mlp(token) for mlp, token in mlps], dim=1)  # (P, M, C / 8)
+        masks = self.upscale(image, kernels)  # (P, 16 HW, M)
         masks = masks.view(P, H, W, 2, 2, 2, 2, -1).permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(P, -1, 4 * H, 4 * W)
         return masks, self.iou_prediction_head(tokens[:, 0])[:, which]
 
-    def forward(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output):
+    def forward(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output,
+                shared=None):
         """The three masks for an ambiguous prompt, or the one for a clear prompt: (P, 3 or 1, 4H, 4W), and scores."""
         return self.predict_masks(image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings,
-                                  slice(1, 4) if multimask_output else slice(1))
+                                  slice(1, 4) if multimask_output else slice(1), shared)
 
 
 # ---------------------------------------------------------------- the whole model, and its weights
@@ -462,16 +537,22 @@ class Sam(nn.Module):
         x = (x - self.pixel_mean) / self.pixel_std
         return F.pad(x, (0, side - x.shape[-1], 0, side - x.shape[-2]))
 
-    def decode(self, image_embeddings, points=None, boxes=None, masks=None, multimask_output=False, image_index=None):
+    def share(self, image_embedding):
+        """What all prompts on one picture (1, C, H, W) share if none is a mask: for `decode`, to compute it once."""
+        dense = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+        return self.mask_decoder.share(image_embedding, self.prompt_encoder.get_dense_pe(), dense)
+
+    def decode(self, image_embeddings, points=None, boxes=None, masks=None, multimask_output=False, image_index=None,
+               shared=None):
         """Prompts -> low-resolution logits (P, M, 4H, 4W), predicted IoU (P, M). All that predicts goes through here.
 
         image_embeddings (N, C, H, W); points: (coords (P, K, 2), labels (P, K)), boxes (P, 4), both in pixels of the
         scaled picture; masks (P, 1, 4H, 4W); image_index (P,): the picture that each prompt is for, not needed if N is
-        1. M is 3 with multimask_output, else 1.
+        1; shared: what `share` made of the picture, to save time. M is 3 with multimask_output, else 1.
         """
         sparse, dense = self.prompt_encoder(points, boxes, masks)
         at_once = max(1, TOKENS_AT_ONCE.get(self.device.type, 2**20) // dense[0, 0].numel())
-        image_pe, parts = self.prompt_encoder.get_dense_pe(), []
+        image_pe, parts = None if shared else self.prompt_encoder.get_dense_pe(), []
         for first in range(0, len(sparse), at_once):
             these = slice(first, first + at_once)
             image = image_embeddings  # of one picture for all prompts, or of one for each
@@ -479,7 +560,7 @@ class Sam(nn.Module):
                 image = image[image_index[these]]
             elif len(image) > 1:
                 image = image[these]
-            parts.append(self.mask_decoder(image, image_pe, sparse[these], dense[these], multimask_output))
+            parts.append(self.mask_decoder(image, image_pe, sparse[these], dense[these], multimask_output, shared))
         return tuple(torch.cat(part) for part in zip(*parts))
 
     def postprocess_masks(self, masks, input_size, original_size):
@@ -658,7 +739,7 @@ class SamPredictor:
     def reset_image(self):
         """Forget the picture."""
         self.features = self.original_size = self.input_size = None
-        self.is_image_set = False
+        self.is_image_set, self.shared = False, None
 
     def set_image(self, image, image_format="RGB"):
         """Encode a picture: uint8 HxWx3, channels in the order of image_format (RGB or BGR)."""
@@ -719,13 +800,24 @@ class SamPredictor:
         Returns masks (P, M, height, width), scores (P, M), low_res_logits (P, M, 4H, 4W).
         """
         features = self.get_image_embedding()
+        shared = self.share() if mask_input is None else None
         points = None if point_coords is None else (point_coords, point_labels)
-        low_res, scores = self.model.decode(features, points, boxes, mask_input, multimask_output)
+        low_res, scores = self.model.decode(features, points, boxes, mask_input, multimask_output, shared=shared)
         masks = []  # some prompts at a time, on the CPU one, since logits of full size are large
         for part in low_res.split(1 if self.device.type == "cpu" else 32):
             part = self.model.postprocess_masks(part, self.input_size, self.original_size)
             masks.append(part if return_logits else part > self.model.mask_threshold)
         return join(masks), scores, low_res
+
+    def share(self):
+        """`Sam.share` of the picture, made anew when its features, the decoder's weights or autocast's dtype change."""
+        first, kind = self.model.mask_decoder.transformer.layers[0], self.device.type
+        made_of = (self.features, *self.model.prompt_encoder.parameters(), *first.parameters())
+        state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in made_of]
+        state += [torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)]
+        if self.shared is None or self.shared[0] is not self.features or self.shared[1] != state:
+            self.shared = self.features, state, self.model.share(self.features)
+        return self.shared[2]
 
     def get_image_embedding(self):
         """The picture's embedding (1, C, H, W). RuntimeError before set_image."""
@@ -885,8 +977,8 @@ def bench(backbone, batch, device, compiled=False, against=(), rounds=5):
     wide = len(sizes["global_layers"])
     flops = 2 * batch * (12 * depth * n * d * d + 2 * d * (wide * n * n + (depth - wide) * padded * window ** 2)
                          + n * (3 * sizes["patch"] ** 2 * d + d * sizes["C"] + 9 * sizes["C"] ** 2))
-    a, b = torch.randn(batch * n, d, device=device), torch.randn(d, 4 * d, device=device)
-    works = {"one matrix product": lambda: a @ b, "float32": encoder(sam.image_encoder),
+    a, b = torch.randn(batch * n, d, device=device), torch.randn(4 * d, d, device=device)
+    works = {"one matrix product": lambda: linear(a, b), "float32": encoder(sam.image_encoder),
              "bfloat16": encoder(sam.image_encoder, torch.bfloat16)}
     if compiled:
         faster = torch.compile(sam.image_encoder)

@@ -254,6 +254,66 @@ def test_attention_in_pieces_equals_one_piece(monkeypatch, share, tokens, window
     with torch.no_grad():
         assert close(layer(x), y, 1e-12)
 
+X86 = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="products are oneDNN's where they were MKL's")
+
+@pytest.fixture
+def onednn_calls(monkeypatch):
+    """How often a product was oneDNN's: a list that grows."""
+    calls, linear = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: calls.append(1) or linear(*a))
+    return calls
+
+@X86
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("act", ["none", "gelu"])
+@pytest.mark.parametrize("layout", ["rows", "columns", "gaps"])
+@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5), (0, 5), (3, 0), (1, 1), (65, 130)])
+def test_linear_in_double_precision(onednn_calls, shape, layout, act, bias):
+    """The matrix product, whatever the weight's layout, also of nothing; by oneDNN only where no gradient is asked for."""
+    rng = torch.Generator().manual_seed(0)
+    x, wide, b = (torch.randn(s, generator=rng) for s in (shape, (9, 2 * shape[-1]), (9,)))
+    weight = {"rows": wide[:, :shape[-1]].clone(), "columns": wide[:, :shape[-1]].T.clone().T,
+              "gaps": wide[:, :shape[-1]]}[layout]
+    expected = x.double() @ wide[:, :shape[-1]].T.double() + (b.double() if bias else 0)
+    expected = torch.nn.functional.gelu(expected) if act == "gelu" else expected
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            got = sam.linear(x, weight, b if bias else None, act)
+        assert got.dtype == torch.float32 and got.shape == expected.shape
+        assert not got.numel() or (got - expected).abs().max() < 1e-6 * max(1, expected.abs().max())
+    assert len(onednn_calls) == (x.numel() > 0)
+
+@X86
+def test_linear_leaves_to_pytorch_what_is_not_plain_float32_inference(onednn_calls, monkeypatch):
+    x, weight = torch.randn(3, 5), torch.randn(4, 5, requires_grad=True)
+    sam.linear(x, weight).sum().backward()
+    assert close(weight.grad, x.sum(0).expand(4, -1))
+    with torch.no_grad():
+        assert sam.linear(x.double(), weight.double()).dtype == torch.float64
+        with torch.autocast("cpu", torch.bfloat16):
+            assert sam.linear(x, weight).dtype == torch.bfloat16
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+        sam.linear(x, weight)
+    assert not onednn_calls
+
+@X86
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("scores", [1, 7**4, 10**9])
+def test_attention_without_gradients_equals_that_with(monkeypatch, onednn_calls, scores, window):
+    """One query at a time, one head of the whole picture, all heads; in float32, where oneDNN multiplies."""
+    torch.manual_seed(0)
+    layer = sam.Attention(12, 3, window, 7)
+    for table in (layer.rel_pos_h, layer.rel_pos_w):
+        torch.nn.init.normal_(table)
+    x = torch.randn(1, 7, 7, 12)
+    expected = layer.double()(x.double())
+    layer.float()
+    monkeypatch.setitem(sam.SCORES_AT_ONCE, "cpu", scores)
+    with torch.no_grad():
+        assert close(layer(x), expected, 1e-5)
+    pieces = 0 if window or scores > 7**4 else 3 if scores > 1 else 3 * 49
+    assert len(onednn_calls) == 2 + 2 * pieces  # qkv and proj, scores and values
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_feed_forward_in_pieces_equals_one_piece(monkeypatch, device):
     """A layer's MLP treats each token by itself."""
@@ -270,6 +330,39 @@ def predictor():
     predictor = sam.SamPredictor(tiny())
     predictor.set_image(scene(96, 128))
     return predictor
+
+def test_what_prompts_share_is_computed_once_for_each_picture_and_weights(predictor, monkeypatch):
+    """Predictions are those of `decode` without it: of another picture, of weights that changed, and with a mask."""
+    model, made = predictor.model, []
+    monkeypatch.setattr(model, "share", lambda features: made.append(1) or sam.Sam.share(model, features))
+    coords, labels, mask = torch.tensor([[[30., 40]], [[60, 9]]]), torch.ones(2, 1), torch.randn(2, 1, 64, 64)
+
+    def agree(mask=None):
+        with torch.no_grad():
+            expected, _ = model.decode(predictor.features, (coords, labels), masks=mask)
+        got = predictor.predict_torch(coords, labels, mask_input=mask, multimask_output=False)[2]
+        assert close(got, expected, 1e-5)
+        return got
+
+    first = agree()
+    assert torch.equal(agree(), first) and not close(agree(mask), first, 1e-2) and len(made) == 1
+    predictor.features = predictor.features.flip(2).clone()
+    second = agree()
+    assert not close(second, first, 1e-2) and len(made) == 2
+    predictor.features *= 2
+    assert not close(agree(), second, 1e-2) and len(made) == 3
+    for name in ("prompt_encoder.no_mask_embed.weight", "mask_decoder.transformer.layers.0.cross_attn_token_to_image"
+                 ".v_proj.weight", "mask_decoder.transformer.layers.0.cross_attn_image_to_token.q_proj.bias"):
+        before, made[:] = agree(), []
+        with torch.no_grad():
+            model.get_parameter(name).add_(1)
+        assert not close(agree(), before, 1e-3) and len(made) == 1, name
+    with torch.autocast("cpu", torch.bfloat16):
+        predictor.predict_torch(coords, labels)
+    assert len(made) == 2
+    predictor.set_image(scene(96, 128))
+    agree()
+    assert len(made) == 3
 
 def test_filled_up_prompts(predictor):
     """Label -1 fills prompts up to one length: where and at which place such points lie makes no difference. Their
@@ -400,7 +493,8 @@ def test_attention_projected_last_is_attention(pictures_at_once):
 def test_upscaling_pixel_by_pixel_is_the_transposed_convolution():
     decoder, torch_image = tiny().mask_decoder, torch.randn(2, 6 * 6, 128)
     expected = decoder.output_upscaling(torch_image.mT.reshape(2, 128, 6, 6))  # (2, 16, 24, 24)
-    found = decoder.upscale(torch_image).view(2, 6, 6, 2, 2, 2, 2, 16).permute(0, 7, 1, 3, 5, 2, 4, 6)
+    found = decoder.upscale(torch_image, torch.eye(16).expand(2, -1, -1))  # each channel a mask of its own
+    found = found.view(2, 6, 6, 2, 2, 2, 2, 16).permute(0, 7, 1, 3, 5, 2, 4, 6)
     assert close(found.reshape(2, 16, 24, 24), expected, 1e-5)
 
 @pytest.mark.parametrize("which", ["one picture", "a picture each", "picture by index"])
@@ -534,6 +628,7 @@ def test_the_multiplications_that_the_bench_counts(monkeypatch, capsys):
     """Against torch's own counter, on attention written out."""
     from torch.utils.flop_counter import FlopCounterMode
     model = tiny().image_encoder
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # whose products the counter does not know
     with torch.no_grad(), FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(
             torch.nn.attention.SDPBackend.MATH):
         model(torch.zeros(1, 3, 128, 128))
@@ -579,6 +674,12 @@ def test_gated_linear_is_equation_7(monkeypatch, form, sizes, dtype, tolerance, 
     tolerance = max(tolerance, 1e-4 if device == "cuda" else 0)
     y, expected = gara.gated_linear(*inputs), plain_gated_linear(*exact)
     assert y.dtype == dtype and close(y, expected, tolerance)
+    with torch.no_grad():
+        assert close(gara.gated_linear(*inputs), expected, tolerance)
+        closed = torch.arange(inputs[5].numel(), device=device).view_as(inputs[5]) % 3 > 0  # some; of image 1 all
+        closed[1:2] = True
+        exact_mask, mask = (t[5].masked_fill(closed.to(t[5].device), 0) for t in (exact, inputs))
+        assert close(gara.gated_linear(*inputs[:5], mask), plain_gated_linear(*exact[:5], exact_mask), tolerance)
     dy = torch.ones_like(expected).cos() * expected.detach()
     wanted = torch.autograd.grad(expected, exact, dy)
     for got, want in zip(torch.autograd.grad(y, inputs, dy.to(y)), wanted):
@@ -756,10 +857,11 @@ def test_attach_changes_nothing_until_trained_and_detach_takes_it_back(method):
 
 def test_attach_is_bit_equal_at_the_size_of_vit_b():
     torch.manual_seed(0)
-    linear, x = torch.nn.Linear(768, 2304), torch.randn(1, 64, 64, 768)
+    linear, x = sam.Linear(768, 2304), torch.randn(1, 64, 64, 768)
     for gate in (gara.GaraGate(768, 16, 256, 0.5), gara.OpenGate(768, 16)):
-        with torch.no_grad():
-            assert torch.equal(gara.Adapter(linear, gate)(x), linear(x))
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                assert torch.equal(gara.Adapter(linear, gate)(x), linear(x))
 
 def mlp_size(*widths):
     return sum(i * o + o for i, o in zip(widths, widths[1:]))
