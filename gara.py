@@ -440,7 +440,7 @@ def open_components(sam, count):
             G[-1].bias.copy_(torch.arange(len(G[-1].bias)) < k).sub_(0.5)
 
 
-def costs(backbone, batch, device, repeats=5):
+def costs(backbone, batch, device, rounds):
     """Print learnable parameters, what a layer's q, k and v cost in training, and what GaRA adds to the encoder."""
     from sam import BACKBONES, build_sam, megabytes, print_rows, race
     rows = []
@@ -451,7 +451,7 @@ def costs(backbone, batch, device, repeats=5):
             rows.append([method, str(sam.adapter["options"]), f"{count:,}", f"{count * 4 / 1e6:.1f}"])
     print_rows(["method", "options", "parameters", "MB"], rows)
     print(f"{backbone}, batch {batch}, {device}, float32, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}, median of {repeats} interleaved rounds\n")
+          f"{torch.__version__}, median of {rounds} interleaved rounds\n")
 
     sizes, options = BACKBONES[backbone], default_options("gara", backbone)
     n, d, ranks = (sizes["image_size"] // sizes["patch"]) ** 2, sizes["d"], (options["rank_low"], options["rank_high"])
@@ -482,7 +482,7 @@ def costs(backbone, batch, device, repeats=5):
         parts = A, B, mask
         works[f"rank {r}: gated_linear"] = step(functools.partial(gated_linear, x, weight, bias, *parts), *parts)
         works[f"rank {r}: x A m B by autograd"] = step(functools.partial(factored, *parts), *parts)
-    done, rows = race(works, device, repeats), []
+    done, rows = race(works, device, rounds), []
     for name, row in done.items():
         exact, error = done.get(name.replace("gated_linear", "x A m B by autograd"), row), "-"
         if exact is not row and "failed" not in exact | row:
@@ -507,7 +507,7 @@ def costs(backbone, batch, device, repeats=5):
     for count in (ranks[1], ranks[1] // 2, 1):
         works[f"GaRA, {count} of {ranks[1]} components"] = functools.partial(encode, adapted, count)
     rows = []
-    for name, row in race(works, device, repeats).items():
+    for name, row in race(works, device, rounds).items():
         weights = sum(t.numel() * t.element_size() for t in (plain if name == "SAM" else adapted).state_dict().values())
         rows.append([name, "-", "-", row["failed"]] if "failed" in row else [
             name, f"{row['seconds']:.3f}", f"{batch / row['seconds']:.2f}",
@@ -522,12 +522,13 @@ def main(argv=None):
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     parser.add_argument("--backbone", default="vit_b", choices=("vit_t", "vit_b", "vit_l", "vit_h"))
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each row is timed (default 5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    if args.batch < 1:
-        parser.error("--batch must be above 0")
+    if min(args.batch, args.rounds) < 1:
+        parser.error("--batch and --rounds must be above 0")
     try:
-        costs(args.backbone, args.batch, torch.device(args.device))
+        costs(args.backbone, args.batch, torch.device(args.device), args.rounds)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     return 0

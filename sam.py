@@ -145,18 +145,20 @@ def attend(q, k, v, bias_h, bias_w):
     For U heads of windows of S x S keys, and Q queries: q (U, Q, c), k and v (U, S * S, c), bias_h and bias_w (U, Q, S)
     -> (U, Q, c).
     """
+    S = bias_h.shape[-1]
     if q.device.type == "cpu" and torch.is_grad_enabled():
         # The bias as part of the product: q longer by bias_h and bias_w, k by one-hot codes of its row and column.
         # Exact, and for training in bfloat16 on a CPU 1.8 times as fast as autograd through the sum below.
-        S, like = bias_h.shape[-1], dict(dtype=k.dtype, device=k.device)
+        like = dict(dtype=k.dtype, device=k.device)
         codes = torch.cat([torch.eye(S, **like).repeat_interleave(S, 0), torch.eye(S, **like).repeat(S, 1)], dim=1)
         q = torch.cat([q * q.shape[-1] ** -0.5, bias_h, bias_w], dim=-1)  # (U, Q, c + 2S)
         k = torch.cat([k, codes.expand(len(k), -1, -1)], dim=-1)  # (U, S * S, c + 2S)
         return (q @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
-    if len(q) == 1 and onednn_serves(q):
+    if q.device.type == "cpu" and len(q) == 1:  # one head of the whole picture: faster than PyTorch's kernel below
         scores = linear(q[0] * q.shape[-1] ** -0.5, k[0])  # (Q, S * S)
-        scores.view(-1, *bias_h.shape[-1:] * 2).add_(bias_h[0, :, :, None]).add_(bias_w[0, :, None])
-        return linear(torch.softmax(scores, -1, out=scores), v[0].T)[None]
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores.view(-1, S, S).add_(bias_h[0, :, :, None]).add_(bias_w[0, :, None])
+        return linear(torch.softmax(scores, -1, out=scores).to(v.dtype), v[0].T)[None]
     bias = (bias_h[..., :, None] + bias_w[..., None, :]).flatten(-2)  # (U, Q, S * S)
     return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias[None])[0]
 
@@ -203,7 +205,7 @@ class Attention(nn.Module):
             q, k, v = some.reshape(3, -1, S, S, some.shape[-1])  # (U, S, S, c) each; U heads of windows in all
             bias_h = torch.einsum("uyxc,ykc->uyxk", q, down).flatten(1, 2)  # (U, S * S, S)
             bias_w = torch.einsum("uyxc,xkc->uyxk", q, right).flatten(1, 2)
-            q, k, v = (t.flatten(1, 2).contiguous() for t in (q, k, v))  # (U, S * S, c)
+            q, k, v = (t.flatten(1, 2).contiguous() for t in (q, k, v))  # (U, S * S, c), once for all blocks of queries
             blocks = zip(*(t.split(queries, dim=1) for t in (q, bias_h, bias_w)))
             x = join([piece(q_, k, v, h_, w_) for q_, h_, w_ in blocks], 1)  # (U, S * S, c)
             heads.append(x.view(n, ny, nx, -1, S, S, x.shape[-1]))
@@ -355,8 +357,7 @@ class CrossAttention(nn.Module):
         return self.out_proj((seen @ to_v.transpose(-1, -2) + bias).transpose(1, 2).flatten(2))
 
     def image_to_tokens(self, q, k, v, projected=False):
-        """The same for pixels q (P or 1, HW, C or, if projected, inner width) and T tokens k, v (P, T, C)
-        -> (P, HW, C)."""
+        """The same for pixels q (P or 1, HW, C) and T tokens k, v (P, T, C) -> (P, HW, C). projected: q is already."""
         k, v, (to_q, bias) = self.split(self.k_proj(k)), self.split(self.v_proj(v)), self.weights(self.q_proj)
         k = k * k.shape[-1] ** -0.5
         if projected:
@@ -416,12 +417,16 @@ class TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = CrossAttention(C, heads, downsample=2)
         self.norm_final_attn = nn.LayerNorm(C)
 
-    def forward(self, image, image_pe, tokens, projected=None):
-        """(P or 1, HW, C), (1, HW, C), (P, T, C) -> tokens, image. projected: what the first layer's `project` gave."""
+    def forward(self, image, image_pe, tokens, asked, projected=None):
+        """(P or 1, HW, C), (1, HW, C), (P, T, C) -> the first `asked` tokens (P, asked, C) and the image (P, HW, C).
+
+        projected: what the first layer's `project` made of the image.
+        """
         token_pe = tokens
         for layer in self.layers:
             tokens, image = layer(tokens, image, token_pe, image_pe, projected if layer.first else None)
-        look = self.final_attn_token_to_image.tokens_to_image(tokens + token_pe, image + image_pe, image)
+        tokens, q = tokens[:, :asked], (tokens + token_pe)[:, :asked]  # each looks by itself
+        look = self.final_attn_token_to_image.tokens_to_image(q, image + image_pe, image)
         return self.norm_final_attn(tokens + look), image
 
 
@@ -494,8 +499,9 @@ class MaskDecoder(nn.Module):
             if dense.stride(0) == 0:  # without mask prompts, all prompts see the same picture: it need not be copied
                 dense = dense[:1]
             image, image_pe, projected = (image_embeddings + dense).flatten(2).mT, image_pe.flatten(2).mT, None
-        tokens, image = self.transformer(image, image_pe, tokens, projected)  # image (P or 1, HW, C) -> (P, HW, C)
-        mlps = list(zip(self.output_hypernetworks_mlps, tokens[:, 1:5].unbind(1)))[which]
+        asked = 1 + which.stop  # the token of the predicted IoU and those of the masks
+        tokens, image = self.transformer(image, image_pe, tokens, asked, projected)  # (P, asked, C), (P, HW, C)
+        mlps = list(zip(self.output_hypernetworks_mlps, tokens[:, 1:].unbind(1)))[which]
         kernels = torch.stack([mlp(token) for mlp, token in mlps], dim=1)  # (P, M, C / 8)
         masks = self.upscale(image, kernels)  # (P, 16 HW, M)
         masks = masks.view(P, H, W, 2, 2, 2, 2, -1).permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(P, -1, 4 * H, 4 * W)
@@ -1068,6 +1074,7 @@ def main(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--bench", action="store_true", help="no picture: measure speed and memory here, with random weights")
     add("--batch", type=int, default=1, help="pictures at once, for --bench (default 1)")
+    add("--rounds", type=int, default=5, help="how often each row of --bench is timed (default 5)")
     add("--compile", action="store_true", help="with --bench: also by torch.compile")
     add("--against", nargs="+", default=[], metavar="FILE.py:NAME", help="with --bench: other implementations beside")
     args = parser.parse_args(argv)
@@ -1076,10 +1083,10 @@ def main(argv=None):
         parser.error("say which picture to segment, or --bench to measure")
     if args.bench:
         try:
-            if args.batch < 1:
-                raise ValueError("--batch must be above 0")
+            if min(args.batch, args.rounds) < 1:
+                raise ValueError("--batch and --rounds must be above 0")
             against = [(spec.rpartition(":")[2], from_file(spec, "--against")) for spec in args.against]
-            bench(args.backbone, args.batch, torch.device(args.device), args.compile, against)
+            bench(args.backbone, args.batch, torch.device(args.device), args.compile, against, args.rounds)
         except (RuntimeError, ValueError, AssertionError) as error:
             parser.error(str(error).splitlines()[0])
         return 0

@@ -269,7 +269,7 @@ def onednn_calls(monkeypatch):
 @pytest.mark.parametrize("layout", ["rows", "columns", "gaps"])
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5), (0, 5), (3, 0), (1, 1), (65, 130)])
 def test_linear_in_double_precision(onednn_calls, shape, layout, act, bias):
-    """The matrix product, whatever the weight's layout, also of nothing; by oneDNN only where no gradient is asked for."""
+    """The matrix product, whatever the weight's layout, also of nothing; by oneDNN where no gradient is asked for."""
     rng = torch.Generator().manual_seed(0)
     x, wide, b = (torch.randn(s, generator=rng) for s in (shape, (9, 2 * shape[-1]), (9,)))
     weight = {"rows": wide[:, :shape[-1]].clone(), "columns": wide[:, :shape[-1]].T.clone().T,
@@ -608,20 +608,21 @@ def test_sam_bench(tmp_path, capsys, monkeypatch):
              "    model.load_state_dict(weights)", "    return model.image_encoder, sam.SamPredictor(model)",
              "def absent(backbone, weights):", "    import no_such_module")
     (tmp_path / "other.py").write_text("\n".join(lines))
-    assert run_cli(sam.main, "--bench", "--backbone", "vit_t", "--batch", 2, "--compile", "--device", "cpu",
-                   "--against", f"{tmp_path / 'other.py'}:other") == 0
+    assert run_cli(sam.main, "--bench", "--backbone", "vit_t", "--batch", 2, "--rounds", 3, "--compile",
+                   "--device", "cpu", "--against", f"{tmp_path / 'other.py'}:other") == 0
     text = capsys.readouterr().out
     lines = re.findall(r"^(\S.{20})  +(.*)$", text, re.M)
     rows = {name.strip(): re.split(r"  +", rest.strip()) for name, rest in lines}
-    assert 0.001 < float(rows["float32"][1]) * float(rows["float32"][0]) / 2 < 1000 and "batch 2" in text
+    assert 0.001 < float(rows["float32"][1]) * float(rows["float32"][0]) / 2 < 1000
+    assert "batch 2" in text and "median of 3 " in text
     difference, iou = rows["bfloat16"][-1].split(", ")
     assert 1e-5 < float(difference) < 0.1 and 0.9 < float(iou) < 1 and rows["float32"][-1] == "0e+00, 1.0000"
     assert "ZeroDivisionError" in rows["float32, compiled"][-1] and "GFLOP/s" in rows["matrix products alone"][-1]
     assert rows["other"][-1] == "0e+00, 1.0000"
     found = re.findall(r"^(?:other: )?(?:one call, 100 prompts|100 calls of predict) +[\d.]+ +\S+$", text, re.M)
     assert len(found) == 4
-    for mistake in (["--batch", "0"], ["--device", "nonsense"], ["photo.jpg"], ["--against", "none.py:x"],
-                    ["--against", f"{tmp_path / 'other.py'}:absent"]):
+    for mistake in (["--batch", "0"], ["--rounds", "0"], ["--device", "nonsense"], ["photo.jpg"],
+                    ["--against", "none.py:x"], ["--against", f"{tmp_path / 'other.py'}:absent"]):
         assert run_cli(sam.main, "--bench", "--backbone", "vit_t", *mistake) == 2 and one_error(capsys)
 
 def test_the_multiplications_that_the_bench_counts(monkeypatch, capsys):
@@ -888,8 +889,9 @@ def test_parameter_counts(method, backbone, d, depth):
         assert count == 85_887_384 and round(4 * count / 1e6, 1) == 343.5
 
 def test_gara_command_line(capsys):
-    assert run_cli(gara.main, "--backbone", "vit_t") == 0
+    assert run_cli(gara.main, "--backbone", "vit_t", "--rounds", 2) == 0
     text = capsys.readouterr().out
+    assert "median of 2 " in text
     for method in gara.METHODS:
         row, number = re.search(rf"^{method} .*$", text, re.M)[0], expected_count(method, 160, 6)
         assert row.split()[-2:] == [f"{number:,}", f"{4 * number / 1e6:.1f}"]
@@ -897,7 +899,7 @@ def test_gara_command_line(capsys):
     assert {rank for rank, _ in rows} == {"4", "24", "52"} and all(float(row[0]) > 0 for row in rows.values())
     assert all(float(rows[rank, "gated"][2]) < 1e-4 for rank in ("4", "24", "52"))
     assert len(re.findall(r"^(?:SAM|GaRA, \d+ of 48 components) +[\d.]+ +[\d.]+ +\S+$", text, re.M)) == 4
-    for mistake in (["--batch", "0"], ["--device", "nonsense"], ["--device", "cuda:99"]):
+    for mistake in (["--batch", "0"], ["--rounds", "0"], ["--device", "nonsense"], ["--device", "cuda:99"]):
         assert run_cli(gara.main, "--backbone", "vit_t", *mistake) == 2 and one_error(capsys, mistake[0])
 
 def test_gates_that_are_set_open():
