@@ -44,7 +44,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import gara
-from sam import (BACKBONES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, from_file,
+from sam import (BACKBONES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, foreign, from_file,
                  keep_freed_memory, megabytes, race)
 
 FORMAT = "gara-sam results 2"
@@ -1449,10 +1449,8 @@ def load_predictor(spec):
     """The object that "FILE.py:NAME" names, or makes if NAME is a class or function: see the README. ValueError."""
     made = from_file(spec, "--predictor")
     if isinstance(made, type) or not hasattr(made, "set_image"):
-        try:
+        with foreign("--predictor", spec):
             made = made()
-        except Exception as error:  # somebody else's code: whatever it raises, say where
-            raise ValueError(f"--predictor {spec}: {type(error).__name__}: {error}") from error
     if not callable(getattr(made, "set_image", None)) or not callable(getattr(made, "predict", None)):
         raise ValueError(f"--predictor {spec}: it has no set_image and predict as the official SamPredictor has")
     return made

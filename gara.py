@@ -79,7 +79,8 @@ def gated_linear(x, weight, bias, A, B, mask):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     with torch.autocast(x.device.type, enabled=False):
         x = x.reshape(N, -1, x.shape[-1])
-        return GatedLinear.apply(x, weight, bias, A, B, mask, onednn_serves(x) and onednn_serves(A)).view(*shape, -1)
+        quick = onednn_serves(x) and onednn_serves(A) and forward_merged(x, B)
+        return (merged_by_image if quick else GatedLinear.apply)(x, weight, bias, A, B, mask).view(*shape, -1)
 
 
 def merged_weight(weight, A, B, mask, dtype):
@@ -96,21 +97,29 @@ def choose_merged(merged_cost, factored_cost):
     return FORM == "merged" or FORM == "cheaper" and merged_cost <= factored_cost
 
 
+def forward_merged(x, B):
+    """Which form the forward pass on x (N, n, d) takes."""
+    n, (_, o, r), d = x.shape[1], B.shape, x.shape[2]
+    return choose_merged(r * o * d, n * r * (o + d))
+
+
+def merged_by_image(x, weight, bias, A, B, mask):
+    """The merged form where no gradient is needed, on a CPU: closed components are left out, since nothing waits."""
+    y = []
+    for image, m in zip(x, mask):
+        some = m.nonzero()[:, 0]
+        update = torch.cat([linear(b[:, some] * m[some], a[some].T) for a, b in zip(A, B)])
+        y.append(linear(image, update.add_(weight), bias)[None])
+    return join(y)
+
+
 class GatedLinear(torch.autograd.Function):
     """`gated_linear` on x (N, n, d), with its own backward pass."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, mask, by_onednn):  # as for `linear`, which adapted and plain layers share
+    def forward(ctx, x, weight, bias, A, B, mask):
         ctx.save_for_backward(x, weight, A, B, mask)
-        n, (_, o, r), d = x.shape[1], B.shape, x.shape[2]
-        if choose_merged(r * o * d, n * r * (o + d)):
-            if by_onednn:
-                y = []
-                for image, m in zip(x, mask):
-                    some = m.nonzero()[:, 0]  # closed components cost nothing: unlike a GPU, a CPU need not wait for m
-                    update = torch.cat([linear(b[:, some] * m[some], a[some].T) for a, b in zip(A, B)])
-                    y.append(linear(image, update.add_(weight), bias)[None])
-                return join(y)
+        if forward_merged(x, B):
             return torch.baddbmm(bias.to(x.dtype), x, merged_weight(weight, A, B, mask, x.dtype).mT)
         hidden = (x[:, None] @ A.to(x.dtype).mT) * mask.to(x.dtype)[:, None, None, :]  # (N, G, n, r)
         update = hidden @ B.to(x.dtype).mT  # (N, G, n, o)
@@ -120,7 +129,7 @@ class GatedLinear(torch.autograd.Function):
     def backward(ctx, dy):  # (N, n, G * o)
         x, weight, A, B, mask = ctx.saved_tensors
         n, (G, o, r), d, dtype = x.shape[1], B.shape, x.shape[2], x.dtype
-        need_x, need_weight, need_bias, *need_adapter, _ = ctx.needs_input_grad
+        need_x, need_weight, need_bias, *need_adapter = ctx.needs_input_grad
         dx = dweight = dbias = dA = dB = dmask = None
         if choose_merged(3 * r * o * d + n * o * d, n * r * (2 * o + 3 * d)):
             if need_x:
@@ -147,7 +156,7 @@ class GatedLinear(torch.autograd.Function):
         if need_bias:
             dbias = dy.sum((0, 1), dtype=weight.dtype)
         adapter = zip((dA, dB, dmask), (A, B, mask))
-        return dx, dweight, dbias, *(None if grad is None else grad.to(t.dtype) for grad, t in adapter), None
+        return dx, dweight, dbias, *(None if grad is None else grad.to(t.dtype) for grad, t in adapter)
 
 
 # ---------------------------------------------------------------- the gates

@@ -478,27 +478,22 @@ class MaskDecoder(nn.Module):
             masks.append(products(part, kernels))
         return join(masks, 1)
 
-    def share(self, image_embeddings, image_pe, dense):
-        """What the prompts on one picture share, all arguments with 1 in front: the picture's tokens (1, HW, C), their
-        positions (1, HW, C), and the first layer's projections of them."""
-        image, image_pe = (image_embeddings + dense).flatten(2).mT, image_pe.flatten(2).mT
-        return image, image_pe, self.transformer.layers[0].project(image, image_pe)
+    def flatten(self, image_embeddings, image_pe, dense):
+        """The picture's tokens (P or 1, HW, C) and their positions (1, HW, C)."""
+        return (image_embeddings + dense).flatten(2).mT, image_pe.flatten(2).mT
 
     def predict_masks(self, image_embeddings, image_pe, sparse, dense, which=slice(4), shared=None):
         """All four, or `which` of them: logits (P, M, 4H, 4W) and predicted IoU (P, M).
 
         image_embeddings (1 or P, C, H, W), image_pe (1, C, H, W), sparse (P, T, C), dense (P, C, H, W). shared: what
-        `share` made of these, where all prompts have one picture and no mask.
+        `Sam.share` made of the picture, where all prompts have one and no mask.
         """
         P, (H, W) = len(sparse), image_embeddings.shape[2:]
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (5, C)
         tokens = torch.cat([output_tokens.expand(P, -1, -1), sparse], dim=1)  # (P, 5 + T, C)
-        if shared:
-            image, image_pe, projected = shared
-        else:
-            if dense.stride(0) == 0:  # without mask prompts, all prompts see the same picture: it need not be copied
-                dense = dense[:1]
-            image, image_pe, projected = (image_embeddings + dense).flatten(2).mT, image_pe.flatten(2).mT, None
+        if dense.stride(0) == 0:  # without mask prompts, all prompts see the same picture: it need not be copied
+            dense = dense[:1]
+        image, image_pe, projected = shared or (*self.flatten(image_embeddings, image_pe, dense), None)
         asked = 1 + which.stop  # the token of the predicted IoU and those of the masks
         tokens, image = self.transformer(image, image_pe, tokens, asked, projected)  # (P, asked, C), (P, HW, C)
         mlps = list(zip(self.output_hypernetworks_mlps, tokens[:, 1:].unbind(1)))[which]
@@ -544,9 +539,13 @@ class Sam(nn.Module):
         return F.pad(x, (0, side - x.shape[-1], 0, side - x.shape[-2]))
 
     def share(self, image_embedding):
-        """What all prompts on one picture (1, C, H, W) share if none is a mask: for `decode`, to compute it once."""
-        dense = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
-        return self.mask_decoder.share(image_embedding, self.prompt_encoder.get_dense_pe(), dense)
+        """What all prompts on one picture (1, C, H, W) share if none is a mask: for `decode`, to compute it once.
+
+        The picture's tokens (1, HW, C), their positions (1, HW, C), and the decoder's first layer's projections.
+        """
+        dense, image_pe = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1), self.prompt_encoder.get_dense_pe()
+        image, image_pe = self.mask_decoder.flatten(image_embedding, image_pe, dense)
+        return image, image_pe, self.mask_decoder.transformer.layers[0].project(image, image_pe)
 
     def decode(self, image_embeddings, points=None, boxes=None, masks=None, multimask_output=False, image_index=None,
                shared=None):
@@ -931,6 +930,15 @@ def print_rows(heads, rows):
     print()
 
 
+@contextlib.contextmanager
+def foreign(flag, spec):
+    """Somebody else's code runs within: whatever it raises becomes a ValueError that says where."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{flag} {spec}: {type(error).__name__}: {error}") from error
+
+
 def from_file(spec, flag):
     """What "FILE.py:NAME" names: somebody's own code, for the command line's `flag`. ValueError in one line."""
     path, _, name = spec.rpartition(":")
@@ -941,10 +949,9 @@ def from_file(spec, flag):
     folder = os.path.dirname(os.path.abspath(path))
     sys.path.insert(0, folder)  # as if it were run: it finds the files beside it
     try:
-        module_spec.loader.exec_module(module)
-        return getattr(module, name)
-    except Exception as error:  # whatever it raises, the user must know that it came from there
-        raise ValueError(f"{flag} {spec}: {type(error).__name__}: {error}") from error
+        with foreign(flag, spec):
+            module_spec.loader.exec_module(module)
+            return getattr(module, name)
     finally:
         sys.path.remove(folder)  # not the first entry: the file may have added its own
 
@@ -963,10 +970,8 @@ def bench(backbone, batch, device, compiled=False, against=(), rounds=5):
             nn.init.normal_(parameter, std=0.02)
     others = {}
     for name, make in against:
-        try:
+        with foreign("--against", name):
             others[name] = make(backbone, sam.state_dict())
-        except Exception as error:  # somebody else's code
-            raise ValueError(f"--against {name}: {type(error).__name__}: {error}") from error
     sam.to(device)
     sizes, side = BACKBONES[backbone], sam.image_encoder.img_size
     x = torch.randn(batch, 3, side, side, device=device)
