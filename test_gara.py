@@ -2439,17 +2439,17 @@ def test_bad_files_are_named_and_training_goes_on(demo, tmp_path, capsys):
 def last(folder):
     return torch.load(folder / "last.pt", weights_only=True)
 
-def torchrun(processes, *arguments):
-    """`train.py` in several processes on this machine, by torch's own launcher."""
+def torchrun(processes, program, *arguments):
+    """A program in several processes on this machine, by torch's own launcher."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone",
-               train.__file__, *map(str, arguments)]
+               *map(str, (program, *arguments))]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
 
 def test_two_processes_train_as_one(demo, tmp_path):
     """LoRA, whose gates draw no noise: the same examples, gradients up to rounding, and validation figures."""
     arguments = ("--data", demo / "demo", "--checkpoint", demo / "w.pth", *"--device cpu --amp off --workers 0".split(),
                  "--batch-size", 3, "--steps", 3, "--method", "lora", "--lr", 1e-3)  # shares of 2 and 1
-    done = torchrun(2, *arguments, "--out", tmp_path / "two")
+    done = torchrun(2, train.__file__, *arguments, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert run_cli(train.main, *arguments, "--out", tmp_path / "one") == 0
     one, two = last(tmp_path / "one"), last(tmp_path / "two")
@@ -2461,6 +2461,24 @@ def test_two_processes_train_as_one(demo, tmp_path):
     first = [json.loads(line) for line in open(tmp_path / "two" / "log.jsonl")][0]["validation"]
     frozen = [json.loads(line) for line in open(tmp_path / "one" / "log.jsonl")][0]["validation"]
     assert first == frozen  # before any step: equal to the last digit
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="this system does not list threads")
+def test_no_thread_of_a_process_group_outlives_it(demo, tmp_path):
+    """One that lets go of a tensor when Python has ended aborts its process, and torchrun calls the run a failure."""
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import glob, sys
+sys.path.insert(0, {os.path.dirname(os.path.abspath(train.__file__))!r})
+import train
+code = train.main(sys.argv[1:])
+names = [open(path).read().strip() for path in glob.glob("/proc/self/task/*/comm")]
+print("threads:", *(name for name in names if "gloo" in name))
+sys.exit(code)
+""")
+    done = torchrun(2, program, "--data", demo / "demo", "--checkpoint", demo / "w.pth", "--out", tmp_path / "run", *(
+        "--device cpu --amp off --workers 0 --batch-size 2 --steps 1 --val-images 1").split())
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("threads:")] == ["threads:"] * 2
 
 def gradients(args, share, dropped=()):
     """What one update does to a LoRA with SGD of rate 1, that is: minus its gradient."""

@@ -18,6 +18,7 @@ newest one with what `--resume` needs; run.json, the settings; log.jsonl, one li
 import argparse
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -33,6 +34,7 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # here, while no group exists: its functions' defaults would keep the group
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
@@ -941,7 +943,8 @@ def main(argv=None):
         print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized():  # nothing may keep the group: threads of Gloo that outlive Python abort the process
+            gc.collect()
             dist.destroy_process_group()
 
 
