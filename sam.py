@@ -356,8 +356,11 @@ class CrossAttention(nn.Module):
         seen = products(scores.softmax(-1).to(v.dtype), v.mT).unflatten(1, (self.heads, -1))  # (P, heads, T, C)
         return self.out_proj((seen @ to_v.transpose(-1, -2) + bias).transpose(1, 2).flatten(2))
 
-    def image_to_tokens(self, q, k, v, projected=False):
-        """The same for pixels q (P or 1, HW, C) and T tokens k, v (P, T, C) -> (P, HW, C). projected: q is already."""
+    def image_to_tokens(self, image, q, k, v, projected=False):
+        """image (P or 1, HW, C) plus the same for its pixels q and T tokens k, v (P, T, C) -> (P, HW, C).
+
+        projected: q is already.
+        """
         k, v, (to_q, bias) = self.split(self.k_proj(k)), self.split(self.v_proj(v)), self.weights(self.q_proj)
         k = k * k.shape[-1] ** -0.5
         if projected:
@@ -367,7 +370,10 @@ class CrossAttention(nn.Module):
         shares = scores.softmax(2).flatten(1, 2)  # softmax over T: fast, as HW is last
         v = v @ self.out_proj.weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0)  # (P, heads, T, C)
         v = v + self.out_proj.bias / self.heads  # here, not on every pixel: the shares of each head add up to 1
-        return products(shares.to(v.dtype).mT, v.flatten(1, 2).mT)
+        shares, v = shares.to(v.dtype).mT, v.flatten(1, 2)
+        if image.dtype != v.dtype:  # autocast: what is added up stays float32
+            return image + shares @ v
+        return torch.baddbmm(image, shares, v)  # the sum is not a pass of its own over the picture
 
 
 class TwoWayAttentionBlock(nn.Module):
@@ -404,7 +410,7 @@ class TwoWayAttentionBlock(nn.Module):
             seen = look.tokens_to_image(q, places, image)
         tokens = self.norm2(tokens + seen)
         tokens = self.norm3(tokens + self.mlp(tokens))
-        image = self.norm4(image + tell.image_to_tokens(places, tokens + token_pe, tokens, bool(projected)))
+        image = self.norm4(tell.image_to_tokens(image, places, tokens + token_pe, tokens, bool(projected)))
         return tokens, image
 
 

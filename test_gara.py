@@ -482,9 +482,10 @@ def test_attention_projected_last_is_attention(pictures_at_once):
     layer = sam.CrossAttention(16, 4, downsample=2).double()
     tokens, pe = (torch.randn(3, 5, 16).double().requires_grad_() for _ in range(2))
     image, places = (torch.randn(pictures_at_once, 49, 16).double().requires_grad_() for _ in range(2))
-    pairs = ((layer.tokens_to_image, (tokens, places, image)), (layer.image_to_tokens, (places, pe, tokens)))
-    for quick, (q, k, v) in pairs:
-        plain, fast = layer(*(t.expand(3, -1, -1) for t in (q, k, v))), quick(q, k, v)
+    onto_image = functools.partial(layer.image_to_tokens, image)
+    pairs = ((layer.tokens_to_image, 0, (tokens, places, image)), (onto_image, image, (places, pe, tokens)))
+    for quick, start, (q, k, v) in pairs:
+        plain, fast = start + layer(*(t.expand(3, -1, -1) for t in (q, k, v))), quick(q, k, v)
         assert fast.shape == plain.shape and torch.allclose(fast, plain, atol=1e-12)
         for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v, layer.q_proj.bias, layer.v_proj.weight))
                           for y in (plain, fast))):
