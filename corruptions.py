@@ -64,8 +64,7 @@ def resample(image, rows, cols, cubic=False):
     out = image.astype(np.float32, copy=False).reshape(len(image), -1)       # channels in a row: long inner loops
     for axis, position, step in ((0, rows, 1), (1, cols, channels)):
         low, last = np.floor(position), out.shape[axis] // step - 1
-        t = np.repeat((position - low).astype(np.float32), step)
-        t = t if axis else t[:, None]
+        t = np.expand_dims(np.repeat((position - low).astype(np.float32), step), 1 - axis)
         at = (np.clip(low + k, 0, last).astype(np.intp)[:, None] * step for k in (range(-1, 3) if cubic else range(2)))
         taps = [np.take(out, (start + np.arange(step)).ravel(), axis) for start in at]
         if cubic:
