@@ -5,7 +5,6 @@
     python evaluate.py --ckpt gara.pt --data bdd100k/ LIS/ --split val --no-corrupt         pictures as they are
     python evaluate.py --ckpt gara.pt --predictor hq.py:HQ_SAM --data robustseg/            another project's model too
     python evaluate.py --from results/results.json more/results.json    tables and figures again, from stored scores
-    python evaluate.py --study                          the paper's claims in miniature: trains, measures and reports
 
 Every picture is taken clear and in each of the 15 corruptions, encoded once in each condition, and asked for every
 object twice: by three points and by its box. Prompts and noise derive from the picture's name alone (see data.py), so
@@ -21,7 +20,6 @@ questions, so it is far narrower than the two intervals suggest. Only difference
 Written to `--out`: results.json (its form: see `measure`), results.csv (the means), and the figures as PNG.
 """
 import argparse
-import concurrent.futures
 import copy
 import csv
 import datetime
@@ -32,8 +30,6 @@ import io
 import json
 import os
 import platform
-import signal
-import subprocess
 import sys
 import time
 
@@ -47,7 +43,8 @@ import gara
 from sam import (BACKBONES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, foreign, from_file,
                  keep_freed_memory, megabytes, race)
 
-FORMAT = "gara-sam results 2"
+FORMAT = "gara-sam results 3"
+METRICS = ("IoU", "Dice", "PA")
 PROMPTS = ("point", "box")
 DECODED_AT_ONCE = 32  # prompts; their masks at full size are what takes memory
 DRAWS = 2000  # of the bootstrap
@@ -58,17 +55,20 @@ DRAWS = 2000  # of the bootstrap
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def iou_dice(prediction, truth):
-    """IoU and Dice of masks: bool (M, H, W) twice -> float64 (M,) twice. Tensors or arrays.
+def mask_scores(prediction, truth):
+    """IoU, Dice and pixel accuracy (PA) of masks: bool (M, H, W) twice -> float64 (M, 3). Tensors or arrays.
 
-    IoU = |P and T| / |P or T|, Dice = 2 |P and T| / (|P| + |T|), pixels counted at the picture's own resolution however
-    small the mask. An empty prediction scores 0. data.py drops empty truths; should both be empty nevertheless, they
-    agree and score 1.
+    IoU = |P and T| / |P or T|, Dice = 2 |P and T| / (|P| + |T|), PA = the share of the image's pixels that P gets right,
+    all counted at the image's own resolution however small the mask. An empty prediction scores 0 in the first two.
+    data.py drops empty truths; should both be empty nevertheless, they agree and score 1.
     """
     prediction, truth = torch.as_tensor(prediction), torch.as_tensor(truth)
-    both, p, t = ((mask.sum((-2, -1))).double() for mask in (prediction & truth, prediction, truth))
+    both, p, t = (mask.sum((-2, -1)).double() for mask in (prediction & truth, prediction, truth))
     empty = (p + t == 0).double()
-    return ((both + empty) / (p + t - both + empty)).cpu().numpy(), ((2 * both + empty) / (p + t + empty)).cpu().numpy()
+    iou = (both + empty) / (p + t - both + empty)
+    dice = (2 * both + empty) / (p + t + empty)
+    accuracy = 1 - (p + t - 2 * both) / (truth.shape[-2] * truth.shape[-1])
+    return torch.stack([iou, dice, accuracy], dim=-1).cpu().numpy()
 
 
 class Questions(torch.utils.data.Dataset):
@@ -105,7 +105,9 @@ def predict(sam, images, points, boxes, batch_size, amp):
     """One picture in several conditions, uint8 HxWx3 each; points (M, 3, 2) and boxes (M, 4) in its pixels.
 
     Yields, condition by condition, {"point": bool (M, H, W), "box": bool (M, H, W)}, and with gates what each layer
-    chose, "gates": [[space, hex digits of the packed vector], ...]. The same calls as SamPredictor's.
+    chose: "gates": [layer, ...], a layer [[space, hex digits of the packed vector], ...] of its one decision, or of one
+    for each window.
+    The same calls as SamPredictor's.
     """
     resize, size = ResizeLongestSide(sam.image_encoder.img_size), images[0].shape[:2]
     coords = torch.from_numpy(resize.apply_coords(points, size)).to(sam.device)
@@ -127,12 +129,21 @@ def predict(sam, images, points, boxes, batch_size, amp):
                 masks[prompt].append(sam.postprocess_masks(low_res, input_size, size)[:, 0] > sam.mask_threshold)
         answers = {prompt: torch.cat(masks[prompt]).split(len(coords)) for prompt in PROMPTS}
         if is_gated(sam):
-            layers = [(layer["space"].tolist(), np.packbits(layer["vector"].cpu().numpy(), axis=1))
-                      for layer in gara.gates(sam)]
-            answers["gates"] = [[[space[k], bits[k].tobytes().hex()] for space, bits in layers]
-                                for k in range(len(scaled))]
+            answers["gates"] = pack_gates(gara.gates(sam))
         for answer in zip(*answers.values()):
             yield dict(zip(answers, answer))
+
+
+def pack_gates(layers):
+    """What `gara.gates` gave, image by image, for results.json: see `predict`."""
+    packed = []
+    for layer in layers:
+        decisions = layer["vector"].shape[1] if layer["vector"].dim() == 3 else 1
+        bits = np.packbits(layer["vector"].cpu().numpy(), axis=-1)
+        codes = [row.tobytes().hex() for row in bits.reshape(-1, bits.shape[-1])]
+        pairs = list(zip(layer["space"].flatten().tolist(), codes))  # of all images and windows
+        packed.append([pairs[first:first + decisions] for first in range(0, len(pairs), decisions)])
+    return [list(image) for image in zip(*packed)]
 
 
 def is_gated(model):
@@ -173,7 +184,7 @@ def evaluate(models, dataset, conditions, batch_size=4, amp="off", workers=0, to
     """Score every mask of `dataset`, or of its pictures numbered in `todo`. models: {name: Sam or predictor}.
 
     Yields a row for each picture, in order: dict of at (its number), name, size [H, W], indices (of its masks in the
-    file), areas (their pixels), scores[model][condition][prompt] = [[IoU, Dice], ...], and for models with gates
+    file), areas (their pixels), scores[model][condition][prompt] = [[IoU, Dice, PA], ...], and for models with gates
     gates[model][condition] (see `predict`). A picture that cannot be read gives dict(at, skipped=why).
     """
     todo = range(len(dataset)) if todo is None else todo
@@ -193,7 +204,7 @@ def evaluate(models, dataset, conditions, batch_size=4, amp="off", workers=0, to
                 if "gates" in answer:
                     gates.setdefault(name, {})[condition] = answer.pop("gates")
                 scores.setdefault(name, {})[condition] = {
-                    prompt: np.stack(iou_dice(masks, truth.to(masks.device)), axis=1).round(6).tolist()
+                    prompt: mask_scores(masks, truth.to(masks.device)).round(6).tolist()
                     for prompt, masks in answer.items()}
         yield dict(at=at, name=asked["name"], size=list(truth.shape[1:]), indices=asked["indices"],
                    areas=truth.sum((1, 2)).tolist(), scores=scores, gates=gates)
@@ -273,8 +284,8 @@ def corrupted(conditions):
 def summarize(images, models, conditions, average="masks"):
     """results.json's images -> dict of means, intervals and differences, for columns "point fog", "point degraded", ...
 
-    means[model][column] = [IoU, Dice]; intervals[model][column] = [[low, high], [low, high]], 95 % by bootstrap over
-    images; differences[model][other][column] = [[mean, low, high], [...]], model less other, for each other before it.
+    means[model][column] = [IoU, Dice, PA]; intervals[model][column] = [[low, high], ...], 95 % by bootstrap over images;
+    differences[model][other][column] = [[mean, low, high], ...], model less other, for each other before it.
     average: "masks", every mask counts alike, as in the paper's tables; "images", every image. Of fewer than two images
     intervals are as wide as can be: nothing is known.
     """
@@ -289,17 +300,17 @@ def summarize(images, models, conditions, average="masks"):
         those = [columns.index(f"{prompt} {condition}") for condition in bad]
         sums = np.concatenate([sums, sums[:, :, those].mean(2, keepdims=True)], axis=2)
         columns.append(f"{prompt} degraded")
-    means = sums.sum(0) / masks.sum()  # (models, columns, 2)
+    means = sums.sum(0) / masks.sum()  # (models, columns, metrics)
     drawn, rng, at_once = [], np.random.default_rng(data.seed_of("bootstrap")), max(1, 10 ** 7 // len(images))
     for first in range(0, DRAWS, at_once):
         size = min(at_once, DRAWS - first)
         counts = rng.multinomial(len(images), np.full(len(images), 1 / len(images)), size).astype(float)
         drawn.append((counts @ sums.reshape(len(images), -1)).reshape(size, *means.shape)
                      / (counts @ masks)[:, None, None, None])
-    drawn = np.concatenate(drawn)  # (draws, models, columns, 2)
+    drawn = np.concatenate(drawn)  # (draws, models, columns, metrics)
     found = dict(means={}, intervals={}, differences={})
     for a, model in enumerate(models):
-        ends = np.moveaxis(np.percentile(drawn[:, a], (2.5, 97.5), axis=0), 0, -1)  # (columns, 2, low and high)
+        ends = np.moveaxis(np.percentile(drawn[:, a], (2.5, 97.5), axis=0), 0, -1)  # (columns, metrics, low and high)
         ends = ends if len(images) > 1 else np.broadcast_to((0.0, 1.0), ends.shape)
         found["means"][model] = dict(zip(columns, means[a].tolist()))
         found["intervals"][model] = dict(zip(columns, ends.tolist()))
@@ -347,21 +358,24 @@ def print_tables(results, paper=None):
     models, several = list(results["models"]), len(results["data"]) > 1
     columns = [f"{prompt} {kind}" for prompt in PROMPTS for kind in ("degraded", "clear")
                if f"{prompt} {kind}" in results["means"][models[0]]]
-    heads = ["data"] * several + ["model"] + [f"{c} {metric}" for c in columns for metric in ("IoU", "Dice")]
+    heads = ["data"] * several + ["model"] + [f"{c} {metric}" for c in columns for metric in METRICS]
     rows = []
     for root, summary in summaries(results):
         for model in models:
             cells = [root] * several + [model]
-            for column, metric in ((c, m) for c in columns for m in (0, 1)):
+            for column, metric in ((c, m) for c in columns for m in range(len(METRICS))):
                 text = percent_of(summary["means"][model][column][metric],
                                   *summary["intervals"][model][column][metric])
                 best = len(models) > 1 and all(difference(summary, model, other, column, metric)[1] > 0
                                                for other in models if other != model)
                 cells.append(f"**{text}**" if best else text)
             rows.append(cells)
-    for method, values in published(paper, results["backbone"]):
-        rows.append([""] * several + [f"{method} (paper)"]
-                    + [f"{value:.1f}" if value else "" for c in columns for value in values.get(c, (None, None))])
+    for (backbone, method), values in read_paper()[paper].items() if paper else ():
+        if backbone in ("", results["backbone"]):
+            cells = [""] * several + [f"{method} (paper)"]
+            for column in columns:
+                cells += [f"{value:.1f}" if value else "" for value in values.get(column, [None] * len(METRICS))]
+            rows.append(cells)
     print(table(heads, rows, 1 + several))
     print("±: half of the 95 % interval, by bootstrap over images." + (
         " Bold: better than every other model here, by a paired interval." if len(models) > 1 else "") + "\n")
@@ -388,83 +402,33 @@ def as_csv(results):
     for root, summary in summaries(results):
         for model, means in summary["means"].items():
             for column, pair in means.items():
-                for metric, mean, (low, high) in zip(("IoU", "Dice"), pair, summary["intervals"][model][column]):
+                for metric, mean, (low, high) in zip(METRICS, pair, summary["intervals"][model][column]):
                     numbers = (f"{value:.6f}" for value in (mean, low, high))
                     lines.writerow([root, model, *column.split(" ", 1), metric, *numbers])
     return file.getvalue()
 
 
-# What the paper prints: percent of IoU and Dice. Its real pictures, degraded as they are, stand under "clear" here.
-PAPER = """\
-lvis, msra10k: point degraded, point clear, box degraded, box clear
-vit_b 65.0 76.3 70.1 80.1 75.5 84.5 78.4 86.1 75.9 84.5 79.1 86.6 86.6 92.2 88.7 93.4 SAM
-vit_b 69.5 80.1 76.0 84.8 79.0 87.1 83.1 89.7 82.8 89.6 86.6 92.0 89.7 94.3 92.4 95.9 HQ-SAM
-vit_b 64.8 76.1 70.1 80.1 75.4 84.4 78.3 86.0 75.7 84.3 79.1 86.6 86.4 92.1 88.8 93.4 AirNet+SAM
-vit_b 64.8 76.2 70.0 80.0 74.5 83.7 78.0 85.8 74.6 83.5 77.6 85.6 85.9 91.8 88.8 93.5 URIE+SAM
-vit_b 72.7 82.6 77.2 85.8 81.5 89.0 84.3 90.7 86.6 92.3 89.6 94.2 89.5 94.2 92.1 95.7 RobustSAM
-vit_b 77.0 85.7 81.3 88.7 83.7 90.5 86.1 91.9 89.4 94.0 91.4 95.2 92.3 95.8 93.9 96.8 GaRA
-vit_l 66.2 76.0 75.0 83.0 79.9 87.7 82.8 89.4 77.3 84.6 82.0 88.1 87.6 92.9 88.9 93.5 SAM
-vit_l 72.6 82.1 79.0 86.7 81.1 88.6 84.7 90.8 85.0 91.0 87.6 92.6 89.4 94.1 91.4 95.2 HQ-SAM
-vit_l 66.0 75.7 74.8 82.8 79.7 87.6 82.7 89.4 76.9 84.3 81.7 87.8 87.5 92.8 89.0 93.6 AirNet+SAM
-vit_l 66.4 76.3 74.8 83.0 79.4 87.4 82.7 89.4 78.1 85.4 83.0 88.9 87.6 92.8 89.6 94.0 URIE+SAM
-vit_l 75.6 84.5 80.0 87.5 83.6 90.3 85.8 91.6 87.6 92.9 90.1 94.4 91.6 95.4 93.6 96.5 RobustSAM
-vit_l 78.5 86.6 82.6 89.4 84.4 90.8 86.7 92.2 89.6 94.1 91.6 95.3 92.6 96.0 94.0 96.8 GaRA
-coco, streets+ndd20: point degraded, point clear, box degraded, box clear
-vit_b 65.2 76.3 69.6 79.6 76.0 84.8 78.9 86.4 74.4 83.5 81.8 89.1 80.2 88.3 85.4 91.8 SAM
-vit_b 70.2 80.6 76.0 84.8 79.6 87.5 83.5 90.1 75.4 84.5 82.2 89.5 80.8 88.7 86.2 92.3 HQ-SAM
-vit_b 65.0 76.1 69.5 79.5 75.9 84.7 78.8 86.3 74.3 83.4 81.8 89.1 80.1 88.2 85.4 91.8 AirNet+SAM
-vit_b 65.0 76.2 69.6 79.6 75.0 84.0 78.2 85.8 74.1 83.4 81.0 88.6 79.8 88.0 84.9 91.5 URIE+SAM
-vit_b 72.7 82.6 77.1 85.7 81.6 89.1 84.5 90.9 74.5 84.1 81.0 88.8 81.8 89.4 86.2 92.4 RobustSAM
-vit_b 77.2 85.8 81.0 88.4 84.2 90.8 86.4 92.1 77.6 86.4 82.9 90.1 84.1 91.0 87.7 93.3 GaRA
-vit_l 66.9 76.5 74.6 82.5 80.4 88.0 82.9 89.4 72.9 81.3 82.1 89.0 81.5 89.2 86.4 92.5 SAM
-vit_l 73.2 82.5 79.0 86.7 81.7 89.0 85.1 91.1 76.8 85.4 83.9 90.6 81.7 89.3 86.7 92.6 HQ-SAM
-vit_l 66.6 76.3 74.4 82.4 80.3 87.9 82.8 89.3 72.5 81.0 81.9 88.7 81.4 89.1 86.4 92.5 AirNet+SAM
-vit_l 66.6 76.4 74.3 82.4 79.9 87.7 82.8 89.4 72.6 81.4 81.2 88.4 81.1 88.9 86.1 92.2 URIE+SAM
-vit_l 75.3 84.3 79.9 87.6 83.8 90.5 86.2 91.9 75.7 84.8 82.7 89.9 83.0 90.2 87.5 93.1 RobustSAM
-vit_l 78.9 86.9 82.3 89.1 84.9 91.2 86.9 92.4 80.0 88.0 85.3 91.7 85.3 91.7 88.7 93.9 GaRA
-bdd100k+lis: point clear, box clear
-vit_b 65.2 75.4 74.2 82.7 SAM
-vit_b 67.6 77.9 69.4 78.0 HQ-SAM
-vit_b 64.1 74.5 73.4 82.1 AirNet+SAM
-vit_b 65.7 76.1 74.1 82.8 URIE+SAM
-vit_b 69.5 79.5 75.7 84.1 RobustSAM
-vit_b 71.3 80.9 76.8 85.3 GaRA
-vit_l 68.9 77.8 74.3 82.0 SAM
-vit_l 72.7 81.7 76.3 84.3 HQ-SAM
-vit_l 67.2 76.4 73.1 81.3 AirNet+SAM
-vit_l 69.7 78.8 74.4 82.1 URIE+SAM
-vit_l 71.4 80.9 78.1 86.1 RobustSAM
-vit_l 74.8 83.4 80.0 87.4 GaRA
-bdd100k+lis, acdc: box clear
-vit_l 89.7 93.9 88.8 92.9 GaRA, trained on BDD+LIS
-acdc: box clear
-vit_l 65.9 72.6 SAM
-vit_l 67.5 77.0 RobustSAM
-vit_l 71.6 80.4 GaRA
-lvis: point degraded, point clear
-vit_b 75.0 84.3 79.4 87.3 LoRA 16
-vit_b 75.6 84.6 80.6 88.1 LoRA 128
-vit_b 73.4 83.1 78.5 86.6 LoRA 256
-vit_b 76.4 85.3 79.7 87.5 MoE-LoRA 2,16,128,256
-vit_b 75.4 84.5 78.6 86.7 MoE-LoRA 2,16,128,1024
-vit_b 76.2 85.2 79.9 87.7 GaRA flat 16
-vit_b 73.3 82.8 77.3 85.5 GaRA flat 256"""
-PAPER_SETS = sorted({name for line in PAPER.splitlines() if ":" in line for name in line.split(":")[0].split(", ")})
+PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "paper.csv")
+COMPARISONS = ("1", "2", "3", "4", "a2", "a4")  # tables that compare methods on a benchmark; the others are ablations
 
 
-def published(paper, backbone):
-    """The paper's rows for a set: [(method, {"point degraded": (IoU, Dice), ...}), ...]; [] without one."""
-    rows = []
-    for line in PAPER.splitlines():
-        if ":" in line:
-            sets, columns = (part.strip().split(", ") for part in line.split(":"))
-            continue
-        words = line.split()
-        count = 2 * len(sets) * len(columns)
-        if words[0] == backbone and paper in sets:
-            values = np.array(words[1:1 + count], float).reshape(len(sets), len(columns), 2)[sets.index(paper)]
-            rows.append((" ".join(words[1 + count:]), dict(zip(columns, values.tolist()))))
-    return rows
+def read_paper():
+    """{name: {(backbone, method): {"point degraded": (IoU, Dice, PA), ...}}} as the paper prints it, in percent.
+
+    Names are those of the benchmarks ("lvis") and of the tables ("table5", as the camera-ready counts them). None stands
+    for a metric that a table leaves out. Real images, degraded as they are, stand under "clear".
+    """
+    found = {}
+    with open(PAPER, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            values = tuple(float(row[metric]) if row[metric] else None for metric in METRICS)
+            names = [f"table{row['table']}"]
+            if row["table"] in COMPARISONS:
+                names.append(row["benchmark"])
+            for name in names:
+                model = found.setdefault(name, {}).setdefault((row["backbone"], row["method"]), {})
+                model[f"{row['prompt']} {row['condition']}"] = values
+    return found
 
 
 def merge(parts):
@@ -759,22 +723,30 @@ def figure_strength(results, path):
 
 
 def unpack_gates(results, model, condition):
-    """A model's gates in a condition: (vectors bool (images, layers, components), spaces (images, layers))."""
+    """A model's gates in a condition: of each layer (vectors bool (images, decisions, components), spaces (images,
+    decisions)). A layer decides once for an image, or once for each window."""
     options = results["models"][model]["options"]
-    rank = int(sum(np.sum(value) for key, value in options.items() if key != "temperature"))
-    gates = [image["gates"][model][condition] for image in results["images"]]
-    packed = np.array([[np.frombuffer(bytes.fromhex(code), np.uint8) for _, code in layers] for layers in gates])
-    spaces = np.array([[space for space, _ in layers] for layers in gates])
-    return np.unpackbits(packed, axis=2, count=rank).astype(bool), spaces
+    rank = sum(np.sum(value) for key, value in options.items() if key.startswith("rank") or key == "experts")
+    layers = []
+    for of_images in zip(*(image["gates"][model][condition] for image in results["images"])):
+        codes, spaces = [], []
+        for decisions in of_images:
+            spaces.append([space for space, _ in decisions])
+            codes.append([np.frombuffer(bytes.fromhex(code), np.uint8) for _, code in decisions])
+        layers.append((np.unpackbits(np.array(codes), axis=2, count=int(rank)).astype(bool), np.array(spaces)))
+    return layers
 
 
 def figure_strength_gates(results, model, path):
     """How the gates follow the strength: components of an image's vector that differ from its own clear one, mean over
     images. A thin line per layer, from pale (first) to dark (last); black: the mean over layers."""
-    clear, curves = unpack_gates(results, model, "clear")[0], {}
-    layers = {f"layer {k}": k for k in range(clear.shape[1])}
+    clear, curves = unpack_gates(results, model, "clear"), {}
+    layers = {f"layer {k}": k for k in range(len(clear))}
     for name, taken in strengths(results).items():
-        flips = {x: (unpack_gates(results, model, c)[0] != clear).sum(2).mean(0) for x, c in taken.items()}
+        flips = {}
+        for x, condition in taken.items():
+            pairs = zip(unpack_gates(results, model, condition), clear)
+            flips[x] = np.array([(now != before).sum(2).mean() for (now, _), (before, _) in pairs])
         curves[name] = {layer: {x: flip[k] for x, flip in flips.items()} for layer, k in layers.items()}
         curves[name]["mean over layers"] = {x: flip.mean() for x, flip in flips.items()}
     fade = 1 - np.arange(len(layers)) / max(1, len(layers) - 1)
@@ -791,7 +763,8 @@ def figure_gates(results, model, path):
     higher-rank set."""
     conditions, low = plain(results["conditions"]), results["models"][model]["options"].get("rank_low", 0)
     unpacked = [unpack_gates(results, model, condition) for condition in conditions]
-    on, higher = (np.stack([pair[k].mean(0) for pair in unpacked]) for k in (0, 1))  # (conditions, layers, ...)
+    on = np.array([[vectors.mean((0, 1)) for vectors, _ in layers] for layers in unpacked])  # (conditions, layers, r)
+    higher = np.array([[spaces.mean() for _, spaces in layers] for layers in unpacked])  # (conditions, layers)
     (_, layers, rank), line, left, gap = on.shape, 38, 330, 20 if low else 0
     cell = max(2, 870 // rank)  # two blocks side by side; at least one pixel of the halved page
     pitch, block = cell * rank + gap + 340, line * len(on) + 110
@@ -829,7 +802,7 @@ def temperatures(results):
     groups = {}
     for model, about in results["models"].items():
         if about["method"] == "gara":
-            ranks = about["options"]["rank_low"], about["options"]["rank_high"]
+            ranks = tuple(about["options"][key] for key in ("rank_low", "rank_high", "scope"))
             groups.setdefault(ranks, {}).setdefault(about["options"]["temperature"], model)
     return max(groups.values(), key=len, default={})
 
@@ -934,470 +907,23 @@ def figures(results, out):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The study: the paper's claims in miniature, on the tiny SAM and the demo.
-# ---------------------------------------------------------------------------------------------------------------------
-# It runs train.py and this program, each job on one thread, as many side by side as there are cores: the seeds derive
-# from names, so that changes no digit. The report is made of what these jobs left in folders, and names them.
-
-UNSEEN = ["snow", "ISO_noise", "zoom_blur", "compression", "contrast"]  # one of weather, noise, blur, coding, light
-TEN = ["--conditions", *(condition for condition in data.CONDITIONS if condition not in UNSEEN)]
-# {run: (its name in tables, train.py's options)}. All have the same data, batches, learning rate ("full" a smaller one,
-# as is usual for whole encoders) and, but for "long", steps. Ranks: vit_t is a fifth as wide as vit_b, so LoRA's
-# 2, 4, 16 and 64 stand for about 10, 20, 80 and 300 there, and GaRA's 4 and 48 for the paper's 16 and 256.
-LORA64, NIGHT, FEW = ["--method", "lora", "--rank", "64"], ["--conditions", "night"], ["--limit", "64"]
-FAST = ["--lr", "3e-3"]
-RUNS = {
-    "lora2": ("LoRA 2", ["--method", "lora", "--rank", "2"]), "lora4": ("LoRA 4", ["--method", "lora", "--rank", "4"]),
-    "lora16": ("LoRA 16", ["--method", "lora", "--rank", "16"]), "lora64": ("LoRA 64", LORA64),
-    "moe": ("MoE-LoRA 1, 4, 24, 48", ["--method", "moe_lora"]),
-    "moe_two": ("MoE-LoRA 4, 48", ["--method", "moe_lora", "--experts", "4,48"]),
-    "flat_low": ("GaRA flat 4", ["--method", "gara_flat", "--rank", "4"]),
-    "flat_high": ("GaRA flat 48", ["--method", "gara_flat", "--rank", "48"]), "gara": ("GaRA", []),
-    "full": ("whole encoder", ["--method", "full", "--lr", "3e-4"]),
-    "unseen_lora64": ("LoRA 64, ten seen", LORA64 + TEN), "unseen_gara": ("GaRA, ten seen", TEN),
-    "real_lora64": ("LoRA 64, night", LORA64 + NIGHT), "real_gara": ("GaRA, night", NIGHT),
-    "few_lora4": ("LoRA 4, 64 pictures", ["--method", "lora", "--rank", "4", *FEW]),
-    "few_lora64": ("LoRA 64, 64 pictures", LORA64 + FEW), "few_gara": ("GaRA, 64 pictures", FEW),
-    "gara_t0.1": ("GaRA, temperature 0.1", ["--temperature", "0.1"]),
-    "gara_t1": ("GaRA, temperature 1", ["--temperature", "1"]),
-    "gara_t2": ("GaRA, temperature 2", ["--temperature", "2"]),
-    "gara_open": ("GaRA, components start open", ["--gate-bias", "2"]),
-    "gara_fast": ("GaRA, gates learn 10 times as fast", ["--gate-lr", "10"]),
-    "gara_untrained": ("GaRA, untrained", ["--steps", "1"]),
-    "lora4_lr": ("LoRA 4, learning rate 3e-3", ["--method", "lora", "--rank", "4", *FAST]),
-    "lora64_lr": ("LoRA 64, learning rate 3e-3", LORA64 + FAST), "gara_lr": ("GaRA, learning rate 3e-3", FAST),
-    "lora64_long": ("LoRA 64, three times as long", [*LORA64, "--steps", "LONG"]),
-    "gara_long": ("GaRA, three times as long", ["--steps", "LONG"])}
-ADAPTED = ["lora2", "lora4", "lora16", "lora64", "moe", "moe_two", "flat_low", "flat_high", "gara", "full"]
-# {evaluation: (runs, this program's options)}, in the order of the work; PLAIN: scenes of the base model's own kind,
-# without bold patterns, which no adapter was trained on. "frozen": GaRA whose gates always choose what they choose most
-# often in "main".
-EVALUATIONS = {
-    "main": (ADAPTED, ["--data", "demo/", "PLAIN"]),
-    "frozen": (["frozen"], ["--data", "demo/"]),
-    "unseen": (["lora64", "gara", "unseen_lora64", "unseen_gara"],
-               ["--data", "demo/", "--conditions", "clear", *UNSEEN]),
-    "real": (["lora64", "gara", "real_lora64", "real_gara"],
-             ["--data", "demo/", "--conditions", "clear", "night", "underwater"]),
-    "variants": (["gara_t0.1", "gara_t1", "gara_t2", "gara_untrained", "gara_open", "gara_fast", "lora4_lr",
-                  "lora64_lr", "gara_lr", "lora64_long", "gara_long", "few_lora4", "few_lora64", "few_gara"],
-                 ["--data", "demo/"]),
-    "strength": (["lora64", "gara"], ["--data", "demo/", "--strengths", "0.5", "1.5", "2"])}
-ONCE = ["variants", "strength"]  # of seed 0 alone
-FULL_STUDY = dict(seeds=3, steps=160, validations=2, pictures=72, leave=())
-QUICK_STUDY = dict(seeds=1, steps=80, validations=1, pictures=24, leave=(
-    "lora2", "moe_two", "flat_low", "full", "few_lora4", "gara_t0.1", "gara_t1", "gara_open", "gara_fast",
-    "lora4_lr", "lora64_lr", "gara_lr", "lora64_long", "gara_long"))
-
-
-def study_jobs(out, seeds, steps, validations, pictures, leave):
-    """{folder: (command, folders that must be there before)} in the order of the work. A command is what Python is
-    told, or a function. OUT/runs/RUN_SEED are runs of train.py, OUT/EVALUATION_SEED evaluations."""
-    here, scenes = os.path.dirname(os.path.abspath(__file__)), os.path.join(out, "plain")
-    jobs = {scenes: ([os.path.join(here, "data.py"), scenes, "--make-demo", "--patterned", "0", "--scenes", "8", "8",
-                      str(pictures // 3)], [])}
-    for name, (runs, asked) in EVALUATIONS.items():
-        for seed in range(1 if name in ONCE else seeds):
-            at, folder = os.path.join(out, "runs", "{}_" + str(seed)), os.path.join(out, f"{name}_{seed}")
-            files = []
-            for run in (run for run in runs if run not in leave):
-                place = at.format(run)
-                files.append(os.path.join(place, adapter_file(run)))
-                if run == "frozen":
-                    main = os.path.join(out, f"main_{seed}")
-                    jobs[place] = functools.partial(freeze_gates, main, at.format("gara"), place), [main]
-                elif place not in jobs:
-                    options = [str(3 * steps) if word == "LONG" else word for word in RUNS[run][1]]
-                    options += [] if "--steps" in options else ["--steps", str(steps)]
-                    every = max(1, int(options[options.index("--steps") + 1]) // validations)
-                    jobs[place] = [os.path.join(here, "train.py"), "--data", "demo/", "--seed", str(seed), "--out",
-                                   place, "--workers", "0", "--device", "cpu", "--val-every", str(every), *options], []
-            options = [scenes if word == "PLAIN" else word for word in asked]
-            count = pictures // 4 if name == "strength" else pictures
-            jobs[folder] = [os.path.join(here, "evaluate.py"), "--ckpt", *files, *options, "--limit", str(count),
-                            "--workers", "0", "--device", "cpu", "--out", folder], [*map(os.path.dirname, files),
-                                                                                     *[scenes] * ("PLAIN" in asked)]
-    return jobs
-
-
-def adapter_file(run):
-    """What train.py calls the result of a run."""
-    words = RUNS.get(run, ("", []))[1]
-    return (words[words.index("--method") + 1] if "--method" in words else "gara") + ".pt"
-
-
-def freeze_gates(main, run, out):
-    """A control for GaRA: an adapter whose gates choose the same for every picture, what they chose most often in the
-    evaluation `main`: in each layer the set, and of it the components that were on in more than half of the cases."""
-    results, path = read_results(os.path.join(main, "results.json")), os.path.join(run, "gara.pt")
-    model = next(name for name, about in results["models"].items() if about["file"] == path)
-    pairs = [unpack_gates(results, model, condition) for condition in results["conditions"]]
-    vectors, spaces = (np.concatenate(part) for part in zip(*pairs))  # (cases, layers, components), (cases, layers)
-    sam = build_sam(results["backbone"], find_checkpoint(results["backbone"]))
-    gara.load_adapter(sam, path)
-    low = results["models"][model]["options"]["rank_low"]
-    with torch.no_grad():
-        for layer, adapter in enumerate(gara.adapters(sam)):
-            higher = spaces[:, layer].mean() > 0.5
-            on = vectors[spaces[:, layer] == higher, layer].mean(0) > 0.5
-            for G, choice in ((adapter.gate.G_0, [higher]), (adapter.gate.G_l, on[:low]), (adapter.gate.G_h, on[low:])):
-                G[-1].weight.zero_()
-                G[-1].bias.copy_(torch.from_numpy(np.array(choice) - 0.5))
-    os.makedirs(out, exist_ok=True)
-    gara.save_adapter(sam, os.path.join(out, "gara.pt"))
-
-
-def run_jobs(jobs, out, at_once):
-    """Does what is not done yet, `at_once` jobs side by side. OUT/jobs/NAME.txt is what a job printed, NAME.json says
-    that it is done, by which command and in how many seconds. RuntimeError, in one line, when one fails."""
-    place, processes, counted, waiting, running = os.path.join(out, "jobs"), set(), [], dict(jobs), {}
-    os.makedirs(place, exist_ok=True)
-
-    def files_of(folder):
-        name = os.path.join(place, os.path.relpath(folder, out).replace(os.sep, "_"))
-        return name + ".json", name + ".txt"
-
-    def do(folder):
-        command, (done, log) = jobs[folder][0], files_of(folder)
-        words = command if isinstance(command, list) else [command.func.__name__, *command.args]
-        if os.path.exists(done):
-            with open(done) as file:
-                before = json.load(file)["command"]
-            if before[1:] != words[1:]:
-                raise RuntimeError(f"{folder} is of another study ({' '.join(before[1:])}): choose another --out")
-            return
-        begun = time.monotonic()
-        if callable(command):
-            command()
-        else:
-            more = ["--resume"] if os.path.exists(os.path.join(folder, "last.pt")) else []
-            with open(log, "a") as file:
-                process = subprocess.Popen([sys.executable, *command, *more], stdout=file, stderr=file,
-                                           env=os.environ | dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"))
-                processes.add(process)
-                code = process.wait()
-                processes.remove(process)
-            if code:
-                with open(log) as file:
-                    last = ([line.strip() for line in file if line.strip()] or ["it printed nothing"])[-1]
-                raise RuntimeError(f"{folder}: {last} (exit code {code}; all of it in {log})")
-        seconds = time.monotonic() - begun
-        data.save_text(json.dumps(dict(command=words, seconds=round(seconds, 1))), done)
-        counted.append(seconds)
-        left = sum(not os.path.exists(files_of(other)[0]) for other in jobs)
-        rest = datetime.timedelta(seconds=round(left * np.mean(counted) / at_once))
-        print(f"{len(jobs) - left}/{len(jobs)}  {folder}  {seconds:.0f} s  about {rest} left", flush=True)
-
-    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        try:
-            while waiting or running:
-                open_yet = {*waiting, *running.values()}
-                ready = [folder for folder in waiting if open_yet.isdisjoint(jobs[folder][1])]
-                for folder in ready[:at_once - len(running)]:
-                    running[pool.submit(do, folder)] = folder
-                    del waiting[folder]
-                for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
-                    del running[future]
-                    future.result()
-        finally:  # one has failed, or Ctrl-C: the others save what they have, so the same command goes on
-            for process in list(processes):
-                process.terminate()
-
-
-def runs_in(results):
-    """{run, or "SAM": the name of its model} of a results.json."""
-    return {os.path.basename(os.path.dirname(about["file"])).rpartition("_")[0] if about["file"] else "SAM": model
-            for model, about in results["models"].items()}
-
-
-def gather(out, name, seeds, root):
-    """Evaluation `name` of all seeds, on the pictures of one root: (values, masks, conditions). values {run, or "SAM":
-    IoU summed over the masks of each picture, (seeds, pictures, 2 prompts, conditions)}; masks of each picture."""
-    found = {}
-    for seed in range(seeds):
-        results = read_results(os.path.join(out, f"{name}_{seed}", "results.json"))
-        images = [image for image in results["images"] if image["data"] == root]
-        for run, model in runs_in(results).items():
-            found.setdefault(run, []).append([[[np.sum(image["scores"][model][condition][prompt], axis=0)[0]
-                                                for condition in results["conditions"]] for prompt in PROMPTS]
-                                              for image in images])
-    masks = np.array([len(image["indices"]) for image in images], float)
-    return {run: np.array(values) for run, values in found.items()}, masks, results["conditions"]
-
-
-def estimate(sums, masks):
-    """(mean over masks and seeds, low, high, [of each seed]) of sums (seeds, pictures). The 95 % interval draws
-    pictures and seeds again, so it covers both; of three seeds that is rough, so each is shown beside."""
-    (seeds, pictures), rng = sums.shape, np.random.default_rng(data.seed_of("study"))
-    drawn = [rng.multinomial(n, np.full(n, 1 / n), DRAWS).astype(float) for n in (seeds, pictures)]
-    means = (drawn[0] / seeds @ sums * drawn[1]).sum(1) / (drawn[1] @ masks)
-    each = sums.sum(1) / masks.sum()
-    return each.mean(), *np.percentile(means, (2.5, 97.5)), each.tolist()
-
-
-def column(values, conditions, prompt, kind):
-    """Of values (..., 2 prompts, conditions) one column: a condition, or "degraded", the mean of all but clear."""
-    those = [conditions.index(c) for c in (corrupted(conditions) if kind == "degraded" else [kind])]
-    return values[..., PROMPTS.index(prompt), those].mean(-1)
-
-
-def study_table(found, runs, kinds=("degraded", "clear"), against=None):
-    """Markdown: mean IoU of the runs that there are; or, with `against`, that run less each of them, and by seed."""
-    values, masks, conditions = found
-    heads, rows = [f"{prompt} {kind}" for prompt in PROMPTS for kind in kinds], []
-    for run in runs:
-        if run in values and run != against:
-            cells = []
-            for prompt, kind in (head.split(" ") for head in heads):
-                of = column(values[run], conditions, prompt, kind)
-                if against:
-                    *found, each = estimate(column(values[against], conditions, prompt, kind) - of, masks)
-                    each = " ".join(f"{100 * x:+.1f}" for x in each)
-                    cells.append(points_of(*found) + (f"; {each}" if len(of) > 1 else ""))
-                else:
-                    cells.append(percent_of(*estimate(of, masks)[:3]))
-            rows.append([label_of(run) if not against else f"{label_of(against)} - {label_of(run)}", *cells])
-    return table(["IoU", *heads], rows)
-
-
-def label_of(run):
-    """What tables call a run."""
-    return RUNS[run][0] if run in RUNS else dict(frozen="GaRA, its gates frozen").get(run, run)
-
-
-def gate_vectors(out, name, seed, run):
-    """All the decisions of a run in an evaluation: (bool (pictures, conditions, layers, components), spaces (pictures,
-    conditions, layers), conditions), of demo/'s pictures."""
-    results = read_results(os.path.join(out, f"{name}_{seed}", "results.json"))
-    model = runs_in(results)[run]
-    results["images"] = [image for image in results["images"] if image["data"] == "demo/"]
-    vectors, spaces = (np.stack(part, axis=1) for part in zip(*(
-        unpack_gates(results, model, condition) for condition in results["conditions"])))
-    return vectors, spaces, results["conditions"]
-
-
-def gate_variance(vectors):
-    """What gates answer to: the shares of their variance that the corruption explains, the picture, and neither (for
-    that picture in that corruption alone). vectors (pictures, conditions, ...): analysis of variance, summed over
-    gates. (0, 0, 0) when no gate ever changes."""
-    x = vectors.reshape(*vectors.shape[:2], -1).astype(float)
-    x -= x.mean((0, 1))
-    total = (x ** 2).mean((0, 1)).sum()
-    shares = [(x.mean(axis) ** 2).mean(0).sum() / max(total, 1e-12) for axis in (0, 1)]
-    return (*shares, 1 - sum(shares)) if total > 1e-12 else (0.0, 0.0, 0.0)
-
-
-def shuffled(vectors, rng):
-    """The control: each picture's conditions dealt anew, so that nothing of the corruption is left."""
-    return np.stack([picture[rng.permutation(len(picture))] for picture in vectors])
-
-
-def probe(vectors, rng):
-    """Can the corruption be read from the gates? The share of right answers of a linear classifier (ridge regression
-    on one column per condition) that learned on half of the pictures, on the other half. Chance: 1 / conditions."""
-    pictures, conditions = vectors.shape[:2]
-    x = vectors.reshape(pictures, conditions, -1).astype(float)
-    order, right = rng.permutation(pictures), []
-    for test in np.array_split(order, 2):
-        train = np.setdiff1d(order, test)
-        known, asked = (np.concatenate([x[part], np.ones((len(part), conditions, 1))], 2) for part in (train, test))
-        flat, answers = known.reshape(-1, known.shape[2]), np.tile(np.eye(conditions), (len(train), 1))
-        weights = np.linalg.solve(flat.T @ flat + 3 * np.eye(flat.shape[1]), flat.T @ answers)
-        right.append((asked @ weights).argmax(2) == np.arange(conditions))
-    return float(np.concatenate(right).mean())
-
-
-def study_gates(out, runs):
-    """Two tables as Markdown: what the gates of each (evaluation, run, seeds) answer to, and what each layer does, by
-    seed."""
-    answers_to, layers = [], []
-    for name, run, seeds in runs:
-        parts, rng = [], np.random.default_rng(data.seed_of("gates", run))
-        for seed in range(seeds):
-            vectors, spaces, conditions = gate_vectors(out, name, seed, run)
-            control, rate = shuffled(vectors, rng), vectors.mean((0, 1))  # rate (layers, components)
-            parts.append([*gate_variance(vectors), gate_variance(control)[0], probe(vectors, rng), probe(control, rng),
-                          (rate == 1).mean(), (rate == 0).mean(), (spaces == 1).mean()])
-            layers.append([label_of(run), str(seed), *(
-                f"{100 * (spaces[..., k] == 1).mean():.0f} %, {vectors[..., k, :].sum(2).mean():.0f} on, "
-                f"{((rate[k] > 0) & (rate[k] < 1)).sum()} switch" for k in range(vectors.shape[2]))])
-        answers_to.append([label_of(run), *("; ".join(f"{100 * x:.0f}" for x in share) for share in zip(*parts))])
-    return (table(["gates, in %, by seed", "explained by corruption", "by picture", "by both together",
-                   "by corruption, shuffled", "probe reads the corruption", "probe, shuffled", "always on",
-                   "always off", "in the higher-rank set"], answers_to),
-            table(["in the higher-rank set, components on, components that switch", "seed",
-                   *(f"layer {k}" for k in range(len(layers[0]) - 2))], layers, 2))
-
-
-def pooled(out, name, runs, seeds):
-    """Evaluation `name` of all seeds as one results.json, for figures: the models are the runs, each picture stands
-    there once for each seed, and means and intervals are those of `estimate`."""
-    values, masks, conditions = gather(out, name, seeds, "demo/")
-    whole = dict(images=[], models={}, means={}, intervals={}, conditions=conditions, data=["demo/"])
-    for seed in range(seeds):
-        results = read_results(os.path.join(out, f"{name}_{seed}", "results.json"))
-        named = {run: model for run, model in runs_in(results).items() if run in runs}
-        whole |= {key: results[key] for key in ("split", "backbone")}
-        whole["models"] |= {label_of(run): results["models"][model] for run, model in named.items()}
-        whole["images"] += [image | {kind: {label_of(run): image[kind][model] for run, model in named.items()
-                                            if model in image[kind]} for kind in ("scores", "gates")}
-                            for image in results["images"] if image["data"] == "demo/"]
-    for run in runs:
-        found = {f"{prompt} {kind}": estimate(column(values[run], conditions, prompt, kind), masks)[:3]
-                 for prompt in PROMPTS for kind in (*plain(conditions), "degraded") if run in values}
-        if found:
-            whole["means"][label_of(run)] = {key: [mean] for key, (mean, *_) in found.items()}
-            whole["intervals"][label_of(run)] = {key: [interval] for key, (_, *interval) in found.items()}
-    return whole
-
-
-def study_oracles(out, ranks, seeds):
-    """Markdown: LoRA's oracles of Section 3.2, and the control that the paper lacks. Choosing the best of several
-    answers by the truth gains even if they differ by chance alone: so the same is done with three seeds of one rank
-    instead of three ranks of one seed. Only what ranks gain beyond seeds is a reason to choose ranks."""
-    whole, rows = pooled(out, "main", ranks, seeds), []
-    pictures = len(whole["images"]) // seeds
-    of_seed = [whole["images"][seed * pictures:(seed + 1) * pictures] for seed in range(seeds)]
-
-    def row(name, images, models):
-        found = oracles(images, models, whole["conditions"])
-        means = {model: [oracles(images, [model], whole["conditions"])["Oracle-Corrupt"]["iou"][f"{prompt} degraded"]
-                         for prompt in PROMPTS] for model in models}
-        best = max(means.values(), key=sum)
-        rows.append([name, *(f"{100 * a:.1f}, {100 * (b - a):+.1f}, {100 * (c - a):+.1f}" for a, b, c in zip(
-            best, *([found[oracle]["iou"][f"{prompt} degraded"] for prompt in PROMPTS] for oracle in ORACLES)))])
-
-    models, three = list(whole["models"]), list(whole["models"])[-3:]
-    for seed in range(seeds):
-        row(f"ranks {', '.join(model.split()[-1] for model in models)}, seed {seed}", of_seed[seed], models)
-    for seed in range(seeds if seeds > 2 else 0):
-        row(f"ranks {', '.join(model.split()[-1] for model in three)}, seed {seed}", of_seed[seed], three)
-    for model in models if seeds > 2 else ():
-        images = [image | dict(scores={str(k): of_seed[k][n]["scores"][model] for k in range(3)})
-                  for n, image in enumerate(of_seed[0])]
-        row(f"control: 3 seeds of {model}", images, ["0", "1", "2"])
-    return table(["best single, Oracle-Corrupt's gain, Oracle-Instance's gain", "point degraded", "box degraded"], rows)
-
-
-def write_report(out, plan):
-    """OUT/report.md and its figures, of what the jobs left."""
-    seeds, leave, scenes = plan["seeds"], plan["leave"], os.path.join(out, "plain")
-    adapted, text = [run for run in ADAPTED if run not in leave], []
-    main, style = (gather(out, "main", seeds, root) for root in ("demo/", scenes))
-    first = read_results(os.path.join(out, "main_0", "results.json"))
-    demo = [image for image in first["images"] if image["data"] == "demo/"]
-
-    def say(*lines):
-        text.extend([*lines, ""])
-
-    def figure(draw, results, *more, name):
-        say(f"![{name}]({os.path.basename(draw(results, *more, os.path.join(out, name + '.png')))})")
-
-    say("# GaRA-SAM in miniature", f"The tiny SAM (vit_t), {seeds} seed{'s' * (seeds > 1)}, {plan['steps']} steps of "
-        f"16 pictures, {len(demo)} test scenes, {int(main[1].sum())} masks; torch {first['torch']}, "
-        f"{first['machine']}. Mean IoU over masks and seeds in percent, ± half of the 95 % interval, which draws "
-        "pictures and seeds again. "
-        "Differences: [the interval], then that of each seed; in round brackets: no larger than its noise.")
-    say("## 1. SAM degrades", f"`{out}/main_0`, `{out}/strength_0`.")
-    values, masks, conditions = main
-    say(table(["SAM, IoU", *PROMPTS], [[condition, *(
-        percent_of(*estimate(column(values["SAM"], conditions, prompt, condition), masks)[:3])
-        for prompt in PROMPTS)] for condition in conditions]))
-    figure(figure_strength, read_results(os.path.join(out, "strength_0", "results.json")), name="strength")
-    ranks = [run for run in adapted if run.startswith("lora")]
-    say("## 2. Is another rank best for another corruption, or picture?", f"`{out}/main_*`.")
-    say(study_oracles(out, ranks, seeds))
-    figure(figure_corruptions, pooled(out, "main", ranks, seeds), name="ranks")
-    say("## 3. GaRA beside the others", f"`{out}/main_*`. On the demo's scenes:")
-    say(study_table(main, ["SAM", *adapted]), study_table(main, ["SAM", *adapted], against="gara"))
-    say("On scenes of the base model's kind, without bold patterns, which no adapter was trained on:")
-    say(study_table(style, ["SAM", *adapted]), study_table(style, ["SAM", *adapted], against="gara"))
-    say(training_costs(out, adapted))
-    say("## 4. Corruptions that were not trained on", f"`{out}/unseen_*`. Tested on {', '.join(UNSEEN)}.")
-    unseen = gather(out, "unseen", seeds, "demo/")
-    runs = [run for run in EVALUATIONS["unseen"][0] if run not in leave]
-    say(study_table(unseen, ["SAM", *runs]), study_table(unseen, ["SAM", *runs], against="unseen_gara"))
-    say("## 5. Training on degraded pictures alone", f"`{out}/real_*`. Trained on night alone, or on clear and the 15.")
-    real, kinds = gather(out, "real", seeds, "demo/"), ("night", "underwater", "clear")
-    runs = [run for run in EVALUATIONS["real"][0] if run not in leave]
-    say(study_table(real, ["SAM", *runs], kinds), study_table(real, ["SAM", *runs], kinds, "real_gara"))
-    once = gather(out, "variants", 1, "demo/")
-    once[0].update({run: values[run][:1] for run in ("gara", "lora64")})
-    say("## 6. Temperature", f"`{out}/variants_0`, seed 0; 0.5 is the paper's.")
-    warm = sorted((run for run in once[0] if run.startswith("gara_t")), key=lambda run: float(run[6:]))
-    say(study_table(once, [*warm, "gara"]), study_table(once, [*warm, "gara"], against="gara"))
-    say("## 7. What the gates do", f"GaRA is that of 3; the others `{out}/variants_0`.")
-    gated = [("variants", run, 1) for run in EVALUATIONS["variants"][0] if run.startswith("gara") and run in once[0]]
-    say(*study_gates(out, [("main", "gara", seeds), *gated]))
-    figure(figure_gates, pooled(out, "main", ["gara"], 1), "GaRA", name="gates")  # components of seeds have no order
-    say("## 8. Cost", f"`{out}/cost`.")
-    cost = read_results(os.path.join(out, "cost", "results.json"))["costs"]
-    say(table(cost["heads"], cost["rows"]))
-    say("## 9. Looking for reasons", f"`{out}/frozen_*`: gates that choose for every picture what they choose most "
-        "often.")
-    control = gather(out, "frozen", seeds, "demo/")
-    control[0]["gara"] = values["gara"]
-    say(study_table(control, ["gara", "frozen"]), study_table(control, ["frozen"], against="gara"))
-    say(f"`{out}/variants_0`, seed 0: other starts and speeds of the gates, another learning rate, more steps.")
-    few = [run for run in RUNS if run.startswith("few_")]
-    runs = ["gara", "lora64", *(run for run in EVALUATIONS["variants"][0] if run not in (*warm, *few))]
-    say(study_table(once, runs), study_table(once, runs, against="gara"))
-    for run, others in (("gara_lr", ["lora4_lr", "lora64_lr"]), ("gara_long", ["lora64_long"])):
-        if run in once[0]:
-            say(study_table(once, others, against=run))
-    say(f"`{out}/variants_0`, seed 0: trained on 64 pictures, so often that they could be learnt by heart.")
-    say(study_table(once, ["SAM", *few]), study_table(once, few, against="few_gara"))
-    say("## The commands")
-    for name in sorted(os.listdir(os.path.join(out, "jobs"))):
-        if name.endswith(".json"):
-            with open(os.path.join(out, "jobs", name)) as file:
-                job = json.load(file)
-            script, *words = map(str, job["command"])
-            say(f"    {' '.join([os.path.basename(script), *words])}    # {job['seconds']:.0f} s")
-    data.save_text("\n".join(text), os.path.join(out, "report.md"))
-
-
-def training_costs(out, runs):
-    """Markdown: what learns, and how fast."""
-    rows = []
-    for run in runs:
-        place = os.path.join(out, "runs", f"{run}_0")
-        with open(os.path.join(place, "run.json")) as file:
-            count = json.load(file)["learnable_parameters"]
-        with open(os.path.join(place, "log.jsonl")) as file:
-            speed = np.median([line["images_per_second"] for line in map(json.loads, file) if "loss" in line])
-        rows.append([label_of(run), f"{count:,}", f"{speed:.1f}"])
-    return table(["training", "learnable parameters", "images/s, one thread"], rows)
-
-
-def study(args):
-    """`--study`: every job that is not done yet, then the report."""
-    plan = QUICK_STUDY if args.quick else FULL_STUDY
-    plan = plan | (dict(seeds=args.seeds) if args.seeds else {})
-    data.make_missing_demo("demo/")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends the jobs too, as Ctrl-C does
-    run_jobs(study_jobs(args.out, **plan), args.out, args.jobs)
-    cost = os.path.join(args.out, "cost")
-    files = [os.path.join(args.out, "runs", f"{run}_0", adapter_file(run)) for run in ADAPTED
-             if run not in plan["leave"]]
-    run_jobs({cost: ([os.path.abspath(__file__), "--ckpt", *files, "--data", "demo/", "--no-corrupt", "--limit", "1",
-                      "--costs", "--workers", "0", "--device", "cpu", "--out", cost], [])}, args.out, 1)
-    write_report(args.out, plan)
-    print(f"written: {os.path.join(args.out, 'report.md')}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Command line.
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+NAMES = dict(gara="GaRA", gara_flat="GaRA flat", gara_space="GaRA, gating 1 alone", gara_random="GaRA, random gates",
+             lora="LoRA", moe_lora="MoE-LoRA")
 
 
 def name_of(content):
     """What tables call the model of an adapter file: "LoRA 16"; of GaRA, what differs from the paper's setting."""
     options, usual = content["options"], gara.default_options(content["method"], content["backbone"])
-    name = dict(gara="GaRA", gara_flat="GaRA flat", lora="LoRA", moe_lora="MoE-LoRA")[content["method"]]
-    ranks = [rank for key, value in options.items() if key != "temperature" for rank in np.ravel(value).tolist()]
-    if name != "GaRA" or any(options[key] != usual[key] for key in ("rank_low", "rank_high")):
-        name += " " + ",".join(map(str, ranks))
+    name = NAMES[content["method"]]
+    ranks = [value for key, value in options.items() if key.startswith("rank") or key == "experts"]
+    if "rank_low" not in options or any(options[key] != usual[key] for key in ("rank_low", "rank_high")):
+        name += " " + ",".join(map(str, np.ravel(ranks)))
+    if options.get("scope", "image") != "image":
+        name += f" per {options['scope']}"
     if options.get("temperature", 0.5) != 0.5:
         name += f" T={options['temperature']:g}"
     return name
@@ -1480,27 +1006,21 @@ def parse(argv):
     add("--strengths", nargs="+", type=float, default=[], metavar="S", help="also corrupt this strongly (0.5 1.5 2), "
         "beside the benchmark's strength 1: for curves of robustness")
     add("--average", choices=("masks", "images"), help="what counts alike in a mean (default masks, as in the paper)")
-    add("--paper", choices=PAPER_SETS, help="print the paper's figures for this set below ours")
+    add("--paper", metavar="NAME", help="print the paper's figures below ours: of a benchmark (lvis) or a table (table5)")
     add("--costs", action="store_true", help="also measure memory and speed")
     add("--limit", type=int, help="only this many pictures, spread over the split")
-    add("--study", action="store_true", help="train and measure all that the paper claims, in miniature; goes on where "
-        "it was stopped, and writes report.md into --out (default study/)")
-    add("--quick", action="store_true", help="with --study: less of everything, a quarter of an hour (study_quick/)")
-    add("--seeds", type=int, help="with --study: how many (default 3; with --quick 1); more may be added later")
-    add("--jobs", type=int, help="with --study: how many run side by side, a thread each (default: the cores)")
     add("--out", help="folder for results.json, results.csv and the figures (default results/)")
     add("--batch-size", type=int, default=4, help="conditions of a picture that are encoded at once")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     add("--amp", choices=("off", "bf16"), default="off", help="bf16: the encoder in bfloat16")
     add("--workers", type=int, help="loader processes (default: half the cores, at most 8)")
     args = parser.parse_args(argv)
-    if bool(args.data) + bool(args.stored) + args.study != 1:
-        parser.error("say --data ROOT to measure, --from results.json to draw what was measured, or --study")
-    if (args.quick or args.seeds is not None or args.jobs is not None) and not args.study:
-        parser.error("--quick, --seeds and --jobs belong to --study")
-    args.out = args.out or ("study_quick" if args.quick else "study" if args.study else "results")
-    args.jobs = (os.cpu_count() or 1) if args.jobs is None else args.jobs
-    for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0), ("jobs", 1), ("seeds", 1)):
+    if bool(args.data) == bool(args.stored):
+        parser.error("say --data ROOT to measure, or --from results.json to draw what was measured")
+    if args.paper and args.paper not in read_paper():
+        parser.error(f"--paper {args.paper}: there are {', '.join(sorted(read_paper()))}")
+    args.out = args.out or "results"
+    for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more")
     if args.no_corrupt and (args.strengths or args.conditions):
@@ -1570,9 +1090,6 @@ def main(argv=None):
     """Run the command line; returns the exit code. A user's mistake ends in one line."""
     args = parse(argv)
     try:
-        if args.study:
-            study(args)
-            return 0
         if args.stored:
             results = merge({path: read_results(path) for path in args.stored})
             results["average"] = args.average or results["average"]

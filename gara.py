@@ -6,12 +6,15 @@ the higher-rank set of components (eq. 2), another switches single components of
 attention layer with input tokens x:
 
     h = mean of x over the image's tokens
-    g = gumbel_sigmoid(G_0(h))                                               0: lower-rank set, 1: higher-rank set
-    m = [(1 - g) gumbel_sigmoid(G_l(h)), g gumbel_sigmoid(G_h(h))]           one 0 or 1 per component
+    g = gumbel_sigmoid(g_space(h))                                           0: lower-rank set, 1: higher-rank set
+    m = [(1 - g) gumbel_sigmoid(g_L(h)), g gumbel_sigmoid(g_H(h))]           one 0 or 1 per component
     y = x (W + B diag(m) A)^T + b                                            (eq. 7), for q, k and v
 
-The baselines differ only in the mask m, so there is one adapter (`Adapter`), one operation (`gated_linear`) and four
-gates: `gara`; `gara_flat`, one set and no g; `lora`, m = 1; `moe_lora`, one of several blocks of components.
+With scope="window", layers that attend within windows decide anew for each window, from the mean over its tokens.
+
+The baselines differ only in the mask m, so there is one adapter (`Adapter`), one operation (`gated_linear`) and a gate
+for each method: `gara`; `gara_flat`, one set and no g; `gara_space`, g alone; `gara_random`, coins in place of gates;
+`lora`, m = 1; `moe_lora`, one of several blocks of components.
 
     sam = gara.attach(build_sam("vit_b", "sam_vit_b_01ec64.pth"), "gara")    # frozen, adapted; the same until trained
     optimizer = torch.optim.Adam(p for p in sam.parameters() if p.requires_grad)
@@ -30,6 +33,7 @@ import math
 import os
 import pickle
 import sys
+import zlib
 
 import torch
 import torch.nn as nn
@@ -37,50 +41,68 @@ import torch.nn.functional as F
 
 from sam import Linear, join, linear, onednn_serves
 
-METHODS = ("gara", "gara_flat", "lora", "moe_lora")
-# Options of each method and their defaults: the paper's ranks. The tiny vit_t is 160 wide where vit_b is 768, and its
-# ranks shrink about as much.
-OPTIONS = {"gara": dict(rank_low=16, rank_high=256, temperature=0.5), "gara_flat": dict(rank=16, temperature=0.5),
-           "lora": dict(rank=16), "moe_lora": dict(experts=(2, 16, 128, 256), temperature=0.5)}
-OPTIONS_VIT_T = {"gara": dict(rank_low=4, rank_high=48), "gara_flat": dict(rank=4), "lora": dict(rank=4),
-                 "moe_lora": dict(experts=(1, 4, 24, 48))}
+# Options of each method and their defaults: the paper's ranks and temperature.
+OPTIONS = {
+    "gara": dict(rank_low=16, rank_high=256, temperature=0.5, scope="image"),
+    "gara_flat": dict(rank=16, temperature=0.5, scope="image"),
+    "gara_space": dict(rank_low=16, rank_high=256, temperature=0.5, scope="image"),
+    "gara_random": dict(rank_low=16, rank_high=256, scope="image"),
+    "lora": dict(rank=16),
+    "moe_lora": dict(experts=(2, 16, 128, 256), temperature=0.5, scope="image"),
+}
+METHODS = tuple(OPTIONS)
+SCOPES = ("image", "window")
+# The tiny vit_t is 160 wide where vit_b is 768, and its ranks shrink about as much.
+RANKS_VIT_T = dict(rank_low=4, rank_high=48, rank=4, experts=(1, 4, 24, 48))
 
 
 def default_options(method, backbone):
     """The options that `attach` starts from."""
-    return OPTIONS[method] | (OPTIONS_VIT_T[method] if backbone == "vit_t" else {})
+    options = dict(OPTIONS[method])
+    if backbone == "vit_t":
+        options |= {name: rank for name, rank in RANKS_VIT_T.items() if name in options}
+    return options
 
 
 # ---------------------------------------------------------------- the operation
 
 def gated_linear(x, weight, bias, A, B, mask):
-    """y = x (W + B diag(m) A)^T + b with a mask m per image: equation 7 for a batch of images.
+    """y = x (W + B diag(m) A)^T + b, where each image, or each token, has its own mask m (eq. 7).
 
     x (N, ..., d) tokens of N images; weight (G * o, d) and bias (G * o,): G matrices of o rows, one below the other;
-    A (G, r, d), B (G, o, r), or without the leading G when there is one; mask (N, r), any real numbers.
+    A (G, r, d), B (G, o, r), or without the leading G when there is one; mask, any real numbers: (N, r), one of each
+    image, or (N, ..., r), one of each token.
     -> (N, ..., G * o)
 
     Two forms give the same y: the merged one builds each image's W + B diag(m) A and multiplies x by it; the factored
     one multiplies x by A, m and B in turn. For each of the G matrices, merging takes r o d and factoring n r (o + d)
     multiplications, so merging wins once an image has more than o d / (o + d) tokens; SAM's 4096 make it 11 (vit_b) to
-    6 (vit_h) times cheaper. The backward pass chooses likewise; it keeps x and the mask and computes the rest anew.
-    No size depends on the mask's content, so nothing waits for the GPU and CUDA graphs can capture it.
+    6 (vit_h) times cheaper. With a mask per token there is nothing to merge. The backward pass chooses likewise; it
+    keeps x and the mask and computes the rest anew. No size depends on the mask's content, so nothing waits for the GPU
+    and CUDA graphs can capture it.
 
     Under autocast, the merged form adds the update to W in W's own precision and rounds the sum. Rounding W first
     would lose every update smaller than W's last bit; this way it survives on average over many weights.
     """
     if A.dim() == 2:
         A, B = A[None], B[None]
-    N, shape = x.shape[0], x.shape[:-1]
-    if mask.shape != (N, A.shape[1]) or B.shape != (A.shape[0], weight.shape[0] // A.shape[0], A.shape[1]):
+    N, shape, r = x.shape[0], x.shape[:-1], A.shape[1]
+    if mask.shape not in ((N, r), (*shape, r)) or B.shape != (len(A), weight.shape[0] // len(A), r):
         raise ValueError(f"gated_linear: x {tuple(x.shape)}, weight {tuple(weight.shape)}, A {tuple(A.shape)}, "
                          f"B {tuple(B.shape)} and mask {tuple(mask.shape)} do not fit together")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     with torch.autocast(x.device.type, enabled=False):
         x = x.reshape(N, -1, x.shape[-1])
-        quick = onednn_serves(x) and onednn_serves(A) and forward_merged(x, B)
-        return (merged_by_image if quick else GatedLinear.apply)(x, weight, bias, A, B, mask).view(*shape, -1)
+        if mask.dim() > 2:
+            mask = mask.reshape(N, -1, r)
+        if not (onednn_serves(x) and onednn_serves(A)):
+            y = GatedLinear.apply(x, weight, bias, A, B, mask)
+        elif forward_merged(x, B, mask):
+            y = merged_by_image(x, weight, bias, A, B, mask)
+        else:
+            y = factored(x, weight, bias, A, B, mask)
+        return y.view(*shape, -1)
 
 
 def merged_weight(weight, A, B, mask, dtype):
@@ -97,10 +119,10 @@ def choose_merged(merged_cost, factored_cost):
     return FORM == "merged" or FORM == "cheaper" and merged_cost <= factored_cost
 
 
-def forward_merged(x, B):
+def forward_merged(x, B, mask):
     """Which form the forward pass on x (N, n, d) takes."""
     n, (_, o, r), d = x.shape[1], B.shape, x.shape[2]
-    return choose_merged(r * o * d, n * r * (o + d))
+    return mask.dim() == 2 and choose_merged(r * o * d, n * r * (o + d))
 
 
 def merged_by_image(x, weight, bias, A, B, mask):
@@ -113,17 +135,25 @@ def merged_by_image(x, weight, bias, A, B, mask):
     return join(y)
 
 
+def factored(x, weight, bias, A, B, mask):
+    """The factored form of x (N, n, d), with mask (N, r) or (N, n, r): (N, n, G * o)."""
+    if mask.dim() == 2:
+        mask = mask[:, None]
+    y, mask = linear(x, weight.to(x.dtype), bias.to(x.dtype)), mask.to(x.dtype)
+    for a, b, part in zip(A.to(x.dtype), B.to(x.dtype), y.chunk(len(A), -1)):
+        part += linear(linear(x, a) * mask, b)  # (N, n, r), then (N, n, o)
+    return y
+
+
 class GatedLinear(torch.autograd.Function):
     """`gated_linear` on x (N, n, d), with its own backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, mask):
         ctx.save_for_backward(x, weight, A, B, mask)
-        if forward_merged(x, B):
+        if forward_merged(x, B, mask):
             return torch.baddbmm(bias.to(x.dtype), x, merged_weight(weight, A, B, mask, x.dtype).mT)
-        hidden = (x[:, None] @ A.to(x.dtype).mT) * mask.to(x.dtype)[:, None, None, :]  # (N, G, n, r)
-        update = hidden @ B.to(x.dtype).mT  # (N, G, n, o)
-        return F.linear(x, weight.to(x.dtype), bias.to(x.dtype)) + update.transpose(1, 2).flatten(2)
+        return factored(x, weight, bias, A, B, mask)
 
     @staticmethod
     def backward(ctx, dy):  # (N, n, G * o)
@@ -131,7 +161,7 @@ class GatedLinear(torch.autograd.Function):
         n, (G, o, r), d, dtype = x.shape[1], B.shape, x.shape[2], x.dtype
         need_x, need_weight, need_bias, *need_adapter = ctx.needs_input_grad
         dx = dweight = dbias = dA = dB = dmask = None
-        if choose_merged(3 * r * o * d + n * o * d, n * r * (2 * o + 3 * d)):
+        if mask.dim() == 2 and choose_merged(3 * r * o * d + n * o * d, n * r * (2 * o + 3 * d)):
             if need_x:
                 dx = dy @ merged_weight(weight, A, B, mask, dtype)
             if any(need_adapter):
@@ -142,15 +172,17 @@ class GatedLinear(torch.autograd.Function):
                 dB = torch.einsum("Nr,NGor->Gor", m, (D @ A.to(dtype).mT).to(P.dtype))
                 dmask = (P * A.to(P.dtype)).sum((1, 3))
         else:
+            m = mask.to(dtype).view(len(x), 1, -1, r)  # (N, 1, 1 or n, r)
             dy_ = dy.unflatten(2, (G, o)).transpose(1, 2)  # (N, G, n, o)
-            t, m = dy_ @ B.to(dtype), mask.to(dtype)[:, None, None, :]  # (N, G, n, r)
+            t = dy_ @ B.to(dtype)  # (N, G, n, r)
             if need_x:
                 dx = dy @ weight.to(dtype) + ((t * m) @ A.to(dtype)).sum(1)
             if any(need_adapter):
                 u = x[:, None] @ A.to(dtype).mT  # (N, G, n, r)
                 dA = ((t * m).mT @ x[:, None]).sum(0, dtype=A.dtype)
                 dB = (dy_.mT @ (u * m)).sum(0, dtype=B.dtype)
-                dmask = (t.to(mask.dtype) * u.to(mask.dtype)).sum((1, 2))
+                dmask = t.to(mask.dtype) * u.to(mask.dtype)
+                dmask = dmask.sum((1, 2)) if mask.dim() == 2 else dmask.sum(1)
         if need_weight:
             dweight = (dy.flatten(0, 1).mT @ x.flatten(0, 1)).to(weight.dtype)
         if need_bias:
@@ -160,55 +192,110 @@ class GatedLinear(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------- the gates
-# h (N, d) -> mask (N, r) and space (N,), what was chosen: 0 or 1 for GaRA, the expert for MoE-LoRA, else 0.
+# h (N, d), or (N, rows, columns, d) of windows -> mask (..., r) and space (...,), what was chosen: 0 or 1 for GaRA, the
+# expert for MoE-LoRA, else 0. One gate serves q, k and v of a layer.
 
 
 def gumbel_sigmoid(logits, temperature=0.5, training=True):
     """Binary decisions with a gradient (eq. 3 and 6): 0. or 1., in the shape of logits.
 
-    In training, s = sigmoid((logits + e) / temperature) with logistic noise e (the difference of two Gumbel variables);
-    the value is 1[s > 0.5], the gradient that of s. Otherwise 1[logits > 0], without noise.
+    In training, s = sigmoid((logits + G) / temperature) with one Gumbel(0, 1) variable G for each logit; the value is
+    1[s > 0.5], the gradient that of s. So a component with logit z is open with chance 1 - exp(-exp(z)), whatever the
+    temperature: 63 % at 0. Otherwise 1[logits > 0], without noise.
     """
     if not training:
         return (logits > 0).to(logits.dtype)
-    u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-    s = ((logits + u.log() - (-u).log1p()) / temperature).sigmoid()
+    G = -torch.empty_like(logits).exponential_().log()  # -log(-log(u)) for an even u: -log(u) is exponential
+    s = ((logits + G) / temperature).sigmoid()
     hard = (s > 0.5).to(s.dtype)
     return hard + (s - s.detach())  # s - s is exactly 0: the value is hard, the gradient that of s
 
 
 def mlp(*widths):
-    """Linear layers with GELU, the encoder's own activation, between them."""
-    layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.GELU())]
+    """Linear layers with ReLU between them."""
+    layers = []
+    for i, o in zip(widths, widths[1:]):
+        layers += [nn.Linear(i, o), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
+SPACE_WIDTH, COMPONENT_WIDTH = 64, 16  # hidden units of the gates, by the paper's appendix
+
+
 class GaraGate(nn.Module):
-    """Gating 1 chooses between the two sets of components, gating 2 among the components of the chosen set."""
+    """Gating 1 (`g_space`) chooses one of two sets of components, gating 2 (`g_L`, `g_H`) among those of that set."""
 
     def __init__(self, d, rank_low, rank_high, temperature):
         super().__init__()
         self.rank, self.temperature = rank_low + rank_high, temperature
-        self.G_0 = mlp(d, d // 2, 1)
-        self.G_l = mlp(d, d // 2, d // 4, rank_low)
-        self.G_h = mlp(d, d // 2, d // 4, rank_high)
+        self.g_space = mlp(d, SPACE_WIDTH, 1)
+        self.g_L = mlp(d, COMPONENT_WIDTH, COMPONENT_WIDTH, rank_low)
+        self.g_H = mlp(d, COMPONENT_WIDTH, COMPONENT_WIDTH, rank_high)
 
     def forward(self, h):
-        g, low, high = (gumbel_sigmoid(G(h), self.temperature, self.training) for G in (self.G_0, self.G_l, self.G_h))
-        return torch.cat([(1 - g) * low, g * high], dim=1), g[:, 0].long()
+        z_space, z_L, z_H = (self.decide(g(h)) for g in (self.g_space, self.g_L, self.g_H))
+        return torch.cat([(1 - z_space) * z_L, z_space * z_H], dim=-1), z_space[..., 0].long()
+
+    def decide(self, logits):
+        """One 0 or 1 for each logit."""
+        return gumbel_sigmoid(logits, self.temperature, self.training)
 
 
 class FlatGate(nn.Module):
-    """Gating 2 alone, on one set ("w/o Gating 1" of the paper's ablation)."""
+    """Gating 2 alone, on one set (Table 7: "w/o gating 1")."""
 
     def __init__(self, d, rank, temperature):
         super().__init__()
         self.rank, self.temperature = rank, temperature
-        self.G = mlp(d, d // 2, d // 4, rank)
+        self.g = mlp(d, COMPONENT_WIDTH, COMPONENT_WIDTH, rank)
 
     def forward(self, h):
-        mask = gumbel_sigmoid(self.G(h), self.temperature, self.training)
-        return mask, h.new_zeros(len(h), dtype=torch.long)
+        return gumbel_sigmoid(self.g(h), self.temperature, self.training), no_space(h)
+
+
+class SpaceGate(nn.Module):
+    """Gating 1 alone: all components of the chosen set are open (Table 11)."""
+
+    def __init__(self, d, rank_low, rank_high, temperature):
+        super().__init__()
+        self.ranks, self.rank, self.temperature = (rank_low, rank_high), rank_low + rank_high, temperature
+        self.g_space = mlp(d, SPACE_WIDTH, 1)
+
+    def forward(self, h):
+        z_space = gumbel_sigmoid(self.g_space(h), self.temperature, self.training)
+        low, high = ((1 - z_space), z_space)
+        mask = torch.cat([low.expand(*low.shape[:-1], self.ranks[0]), high.expand(*high.shape[:-1], self.ranks[1])], -1)
+        return mask, z_space[..., 0].long()
+
+
+class RandomGate(nn.Module):
+    """A fair coin in place of every gate's decision (Table 10), tossed anew for each image in evaluation as well.
+
+    There the coins of an image derive from its pixels and the layer, so the same picture always sees the same ones;
+    `attach` has the encoder put a seed for each image into `seeds`.
+    """
+
+    def __init__(self, d, rank_low, rank_high):
+        super().__init__()
+        self.ranks, self.rank, self.seeds = (rank_low, rank_high), rank_low + rank_high, None
+
+    def forward(self, h):
+        shape = *h.shape[1:-1], 1 + self.rank  # of an image's coins
+        if self.training:
+            coins = torch.rand(len(h), *shape, device=h.device)
+        else:
+            coins = torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in self.seeds])
+        coins = (coins < 0.5).to(h)
+        z_space, z_L, z_H = coins.split([1, *self.ranks], dim=-1)
+        return torch.cat([(1 - z_space) * z_L, z_space * z_H], dim=-1), z_space[..., 0].long()
+
+
+def seed_coins(encoder, inputs):
+    """A hook before the image encoder's forward pass: each `RandomGate` gets a seed of each image, from its pixels."""
+    if not encoder.training:
+        pixels = [image.cpu().contiguous().numpy() for image in inputs[0].float()]
+        for layer, block in enumerate(encoder.blocks):
+            block.attn.qkv.gate.seeds = [zlib.crc32(image, layer) for image in pixels]
 
 
 class OpenGate(nn.Module):
@@ -219,7 +306,7 @@ class OpenGate(nn.Module):
         self.rank = rank
 
     def forward(self, h):
-        return h.new_ones(len(h), self.rank), h.new_zeros(len(h), dtype=torch.long)
+        return h.new_ones(*h.shape[:-1], self.rank), no_space(h)
 
 
 class ExpertGate(nn.Module):
@@ -228,32 +315,38 @@ class ExpertGate(nn.Module):
     def __init__(self, d, experts, temperature):
         super().__init__()
         self.rank, self.temperature = sum(experts), temperature
-        self.G = mlp(d, d // 2, len(experts))
-        block_of = torch.tensor([i for i, size in enumerate(experts) for _ in range(size)])  # (r,): each one's expert
+        self.g = mlp(d, SPACE_WIDTH, len(experts))
+        block_of = torch.arange(len(experts)).repeat_interleave(torch.tensor(experts))  # (r,): each one's expert
         self.register_buffer("block_of", block_of, persistent=False)
 
     def forward(self, h):
-        logits = self.G(h)
+        logits = self.g(h)
         if self.training:
             choice = F.gumbel_softmax(logits, self.temperature, hard=True)
         else:
-            choice = F.one_hot(logits.argmax(1), logits.shape[1]).to(logits.dtype)
-        return choice[:, self.block_of], choice.argmax(1)
+            choice = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        return choice[..., self.block_of], choice.argmax(-1)
 
 
-GATES = {"gara": GaraGate, "gara_flat": FlatGate, "lora": OpenGate, "moe_lora": ExpertGate}
+def no_space(h):
+    """What gates report that choose no set of components."""
+    return h.new_zeros(h.shape[:-1], dtype=torch.long)
+
+
+GATES = {"gara": GaraGate, "gara_flat": FlatGate, "gara_space": SpaceGate, "gara_random": RandomGate, "lora": OpenGate,
+         "moe_lora": ExpertGate}
 
 
 class Adapter(nn.Module):
     """Stands in for an attention layer's `qkv`: the frozen weight and bias (under their old names), A, B and the gate.
 
     q, k and v have an A and a B each and share the gate. A starts as nn.Linear's weight does, B at zero, so that at
-    first nothing changes.
+    first nothing changes. window: the side, in tokens, of the squares that decide each for itself; 0: the whole image.
     """
 
-    def __init__(self, linear, gate):
+    def __init__(self, linear, gate, window=0):
         super().__init__()
-        self.weight, self.bias, self.gate = linear.weight, linear.bias, gate
+        self.weight, self.bias, self.gate, self.window = linear.weight, linear.bias, gate, window
         d, like = linear.in_features, dict(device=linear.weight.device, dtype=linear.weight.dtype)
         self.A = nn.Parameter(torch.empty(3, gate.rank, d, **like).uniform_(-d ** -0.5, d ** -0.5))
         self.B = nn.Parameter(torch.zeros(3, d, gate.rank, **like))
@@ -261,10 +354,23 @@ class Adapter(nn.Module):
 
     def forward(self, x):  # (N, H, W, d) -> (N, H, W, 3d)
         with torch.autocast(x.device.type, enabled=False):  # decisions near a threshold should not depend on rounding
-            h = x.flatten(1, -2).to(self.A.dtype).mean(1)  # (N, d); the padding of an image counts as well
-            mask, space = self.gate(h)
+            mask, space = self.gate(self.pool(x.to(self.A.dtype)))
         self.mask, self.space = mask.detach(), space
+        if self.window:  # (N, rows, columns, r) of windows -> (N, H, W, r): each token has its window's
+            mask = mask.repeat_interleave(self.window, 1).repeat_interleave(self.window, 2)
+            mask = mask[:, :x.shape[1], :x.shape[2]]
         return gated_linear(x, self.weight, self.bias, self.A, self.B, mask)
+
+    def pool(self, x):
+        """The gate's input: mean over each image's tokens (N, d), or over each window's (N, rows, columns, d).
+
+        The padding that makes an image square counts as well. Windows that reach beyond the image, at its right and
+        lower border, average the tokens they have; the official code fills them up with zeros.
+        """
+        if not self.window:
+            return x.flatten(1, -2).mean(1)
+        means = F.avg_pool2d(x.permute(0, 3, 1, 2), self.window, ceil_mode=True, count_include_pad=False)
+        return means.permute(0, 2, 3, 1)
 
 
 # ---------------------------------------------------------------- on a SAM: attach, look at, take off, save, load
@@ -297,11 +403,17 @@ def attach(sam, method="gara", **options):
     if not sound or type(temperature) not in (int, float) or not 0 < temperature < math.inf:
         raise ValueError(f"{method} with {options}: ranks are whole numbers from 1 to {4 * d}, "
                          "the temperature is above 0")
+    if options.get("scope", "image") not in SCOPES:
+        raise ValueError(f"{method} with scope {options['scope']!r}: choose one of {', '.join(SCOPES)}")
     sam.requires_grad_(False)
+    of_gate = {key: value for key, value in options.items() if key != "scope"}
     for block in sam.image_encoder.blocks:
-        gate = GATES[method](d, **options).to(block.attn.qkv.weight)
-        block.attn.qkv = Adapter(block.attn.qkv, gate).train(block.attn.training)
+        gate = GATES[method](d, **of_gate).to(block.attn.qkv.weight)
+        window = block.attn.window if options.get("scope") == "window" else 0
+        block.attn.qkv = Adapter(block.attn.qkv, gate, window).train(block.attn.training)
     sam.adapter = dict(method=method, options=options)
+    if method == "gara_random":
+        sam.adapter_hook = sam.image_encoder.register_forward_pre_hook(seed_coins)
     return sam
 
 
@@ -313,7 +425,9 @@ def detach(sam):
             with torch.device("meta"):
                 block.attn.qkv = Linear(old.weight.shape[1], old.weight.shape[0])
             block.attn.qkv.weight, block.attn.qkv.bias = old.weight, old.bias
-    sam.adapter = None
+    if getattr(sam, "adapter_hook", None):
+        sam.adapter_hook.remove()
+    sam.adapter = sam.adapter_hook = None
     return sam.requires_grad_(True)
 
 
@@ -321,15 +435,19 @@ def gates(sam):
     """What each layer chose for the N images of the last forward pass, as Figure 6 shows it: one dict per layer.
 
     layer: its number, from 0; space (N,): 0 lower-rank, 1 higher-rank (moe_lora: the expert; else 0); vector (N, r)
-    bool: the components in use, those of the lower-rank space first; count (N,): how many. RuntimeError before any
-    forward pass.
+    bool: the components in use, those of the lower-rank space first; count (N,): how many. Where windows decide, each
+    has their number as its second dimension, row by row: space (N, windows). RuntimeError before any forward pass.
     """
     layers = adapters(sam)
     if not layers or layers[0].mask is None:
         raise RuntimeError("no gates yet: attach an adapter and encode an image first")
-    vectors = [adapter.mask > 0.5 for adapter in layers]
-    return [dict(layer=i, space=adapter.space, vector=vector, count=vector.sum(1))
-            for i, (adapter, vector) in enumerate(zip(layers, vectors))]
+    report = []
+    for i, adapter in enumerate(layers):
+        vector, space = adapter.mask > 0.5, adapter.space
+        if adapter.window:  # (N, rows, columns, ...)
+            vector, space = vector.flatten(1, 2), space.flatten(1, 2)
+        report.append(dict(layer=i, space=space, vector=vector, count=vector.sum(-1)))
+    return report
 
 
 def adapter_state(sam):
@@ -351,6 +469,9 @@ def fingerprint(sam):
     return digest.hexdigest()[:16]
 
 
+FORMAT = "gara-sam adapter 2"
+
+
 def save_adapter(sam, path, **meta):
     """Write the adapter alone (no base weights), with its options and the base model's fingerprint.
 
@@ -363,7 +484,7 @@ def save_adapter(sam, path, **meta):
     for key, value in weights.items():
         if not value.isfinite().all():
             raise ValueError(f"not saved: {key} holds NaN or infinite values")
-    content = dict(format="gara-sam adapter 1", backbone=sam.backbone, image_size=sam.image_encoder.img_size,
+    content = dict(format=FORMAT, backbone=sam.backbone, image_size=sam.image_encoder.img_size,
                    base=fingerprint(sam), **sam.adapter, weights=weights, meta=meta)
     try:
         torch.save(content, f"{path}.part")
@@ -387,7 +508,10 @@ def read_adapter(path):
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise ValueError(f"{path} is not a readable adapter file (cut off?): {reason}") from error
-    if not isinstance(content, dict) or content.get("format") != "gara-sam adapter 1":
+    if isinstance(content, dict) and content.get("format") == "gara-sam adapter 1":
+        raise ValueError(f"{path} was trained with gates of another form, before the paper's own were known: train it "
+                         "again, or use the version of this project that made it")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         if isinstance(content, dict) and "image_encoder.pos_embed" in content:
             raise WholeModel(f"{path} is not an adapter file but a SAM checkpoint: give it with --checkpoint")
         raise ValueError(f"{path} is not an adapter file of this project")
@@ -444,9 +568,9 @@ def load_adapter(sam, path):
 def open_components(sam, count):
     """Have every layer's gates choose the first `count` components of the higher-rank set, whatever the image."""
     for adapter in adapters(sam):
-        for G, k in ((adapter.gate.G_0, 1), (adapter.gate.G_h, count)):
-            G[-1].weight.zero_()
-            G[-1].bias.copy_(torch.arange(len(G[-1].bias)) < k).sub_(0.5)
+        for g, k in ((adapter.gate.g_space, 1), (adapter.gate.g_H, count)):
+            g[-1].weight.zero_()
+            g[-1].bias.copy_(torch.arange(len(g[-1].bias)) < k).sub_(0.5)
 
 
 def costs(backbone, batch, device, rounds):
