@@ -34,35 +34,13 @@ import os
 import pickle
 import sys
 import zlib
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from sam import Linear, join, linear, onednn_serves
-
-# Options of each method and their defaults: the paper's ranks and temperature.
-OPTIONS = {
-    "gara": dict(rank_low=16, rank_high=256, temperature=0.5, scope="image"),
-    "gara_flat": dict(rank=16, temperature=0.5, scope="image"),
-    "gara_space": dict(rank_low=16, rank_high=256, temperature=0.5, scope="image"),
-    "gara_random": dict(rank_low=16, rank_high=256, scope="image"),
-    "lora": dict(rank=16),
-    "moe_lora": dict(experts=(2, 16, 128, 256), temperature=0.5, scope="image"),
-}
-METHODS = tuple(OPTIONS)
-SCOPES = ("image", "window")
-# The tiny vit_t is 160 wide where vit_b is 768, and its ranks shrink about as much.
-RANKS_VIT_T = dict(rank_low=4, rank_high=48, rank=4, experts=(1, 4, 24, 48))
-
-
-def default_options(method, backbone):
-    """The options that `attach` starts from."""
-    options = dict(OPTIONS[method])
-    if backbone == "vit_t":
-        options |= {name: rank for name, rank in RANKS_VIT_T.items() if name in options}
-    return options
-
 
 # ---------------------------------------------------------------- the operation
 
@@ -101,47 +79,63 @@ def gated_linear(x, weight, bias, A, B, mask):
         elif forward_merged(x, B, mask):
             y = merged_by_image(x, weight, bias, A, B, mask)
         else:
-            y = factored(x, weight, bias, A, B, mask)
+            y = factored(x, weight, bias, A, B, mask, linear)
         return y.view(*shape, -1)
-
-
-def merged_weight(weight, A, B, mask, dtype):
-    """W + B diag(m) A for each image: (N, G * o, d). The product is made in `dtype`, the sum in W's."""
-    update = ((B.to(dtype) * mask.to(dtype)[:, None, None, :]) @ A.to(dtype)).flatten(1, 2)  # (N, G, o, r) @ (G, r, d)
-    return update.add_(weight) if update.dtype == weight.dtype else (weight + update).to(dtype)
 
 
 FORM = "cheaper"  # or "merged", or "factored": for tests
 
 
-def choose_merged(merged_cost, factored_cost):
-    """Which form to take, by the number of multiplications."""
-    return FORM == "merged" or FORM == "cheaper" and merged_cost <= factored_cost
+def choose_merged(mask, merged_cost, factored_cost):
+    """Which form to take, by the number of multiplications. A mask per token (N, n, r) cannot be merged."""
+    if mask.dim() == 3:
+        return False
+    if FORM == "cheaper":
+        return merged_cost <= factored_cost
+    return FORM == "merged"
 
 
 def forward_merged(x, B, mask):
     """Which form the forward pass on x (N, n, d) takes."""
-    n, (_, o, r), d = x.shape[1], B.shape, x.shape[2]
-    return mask.dim() == 2 and choose_merged(r * o * d, n * r * (o + d))
+    n, d = x.shape[1:]
+    _, o, r = B.shape
+    return choose_merged(mask, r * o * d, n * r * (o + d))
+
+
+def backward_merged(x, B, mask):
+    """Which form the backward pass takes."""
+    n, d = x.shape[1:]
+    _, o, r = B.shape
+    return choose_merged(mask, 3 * r * o * d + n * o * d, n * r * (2 * o + 3 * d))
+
+
+def merged_weight(weight, A, B, mask, dtype):
+    """W + B diag(m) A for each image: (N, G * o, d). The product is made in `dtype`, the sum in W's."""
+    gated = B.to(dtype) * mask.to(dtype)[:, None, None, :]  # (N, G, o, r)
+    update = (gated @ A.to(dtype)).flatten(1, 2)  # (N, G * o, d)
+    if update.dtype == weight.dtype:
+        return update.add_(weight)
+    return (weight + update).to(dtype)
 
 
 def merged_by_image(x, weight, bias, A, B, mask):
-    """The merged form where no gradient is needed, on a CPU: closed components are left out, since nothing waits."""
+    """The merged form without a gradient, on a CPU. Closed components are left out of the product."""
     y = []
     for image, m in zip(x, mask):
         some = m.nonzero()[:, 0]
-        update = torch.cat([linear(b[:, some] * m[some], a[some].T) for a, b in zip(A, B)])
-        y.append(linear(image, update.add_(weight), bias)[None])
+        updates = [linear(b[:, some] * m[some], a[some].T) for a, b in zip(A, B)]  # (o, d) each
+        y.append(linear(image, torch.cat(updates).add_(weight), bias)[None])
     return join(y)
 
 
-def factored(x, weight, bias, A, B, mask):
-    """The factored form of x (N, n, d), with mask (N, r) or (N, n, r): (N, n, G * o)."""
+def factored(x, weight, bias, A, B, mask, product):
+    """The factored form of x (N, n, d), with mask (N, r) or (N, n, r): (N, n, G * o). product: F.linear or `linear`."""
     if mask.dim() == 2:
         mask = mask[:, None]
-    y, mask = linear(x, weight.to(x.dtype), bias.to(x.dtype)), mask.to(x.dtype)
+    mask = mask.to(x.dtype)
+    y = product(x, weight.to(x.dtype), bias.to(x.dtype))
     for a, b, part in zip(A.to(x.dtype), B.to(x.dtype), y.chunk(len(A), -1)):
-        part += linear(linear(x, a) * mask, b)  # (N, n, r), then (N, n, o)
+        part += product(product(x, a) * mask, b)  # (N, n, r), then (N, n, o)
     return y
 
 
@@ -153,42 +147,60 @@ class GatedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, A, B, mask)
         if forward_merged(x, B, mask):
             return torch.baddbmm(bias.to(x.dtype), x, merged_weight(weight, A, B, mask, x.dtype).mT)
-        return factored(x, weight, bias, A, B, mask)
+        return factored(x, weight, bias, A, B, mask, F.linear)
 
     @staticmethod
     def backward(ctx, dy):  # (N, n, G * o)
         x, weight, A, B, mask = ctx.saved_tensors
-        n, (G, o, r), d, dtype = x.shape[1], B.shape, x.shape[2], x.dtype
         need_x, need_weight, need_bias, *need_adapter = ctx.needs_input_grad
-        dx = dweight = dbias = dA = dB = dmask = None
-        if mask.dim() == 2 and choose_merged(3 * r * o * d + n * o * d, n * r * (2 * o + 3 * d)):
-            if need_x:
-                dx = dy @ merged_weight(weight, A, B, mask, dtype)
-            if any(need_adapter):
-                D = (dy.mT @ x).unflatten(1, (G, o))  # (N, G, o, d): the gradient of each image's merged weight
-                P = (B.to(dtype).mT @ D).to(torch.promote_types(dtype, torch.float32))  # (N, G, r, d)
-                m = mask.to(P.dtype)
-                dA = torch.einsum("Nr,NGrd->Grd", m, P)
-                dB = torch.einsum("Nr,NGor->Gor", m, (D @ A.to(dtype).mT).to(P.dtype))
-                dmask = (P * A.to(P.dtype)).sum((1, 3))
-        else:
-            m = mask.to(dtype).view(len(x), 1, -1, r)  # (N, 1, 1 or n, r)
-            dy_ = dy.unflatten(2, (G, o)).transpose(1, 2)  # (N, G, n, o)
-            t = dy_ @ B.to(dtype)  # (N, G, n, r)
-            if need_x:
-                dx = dy @ weight.to(dtype) + ((t * m) @ A.to(dtype)).sum(1)
-            if any(need_adapter):
-                u = x[:, None] @ A.to(dtype).mT  # (N, G, n, r)
-                dA = ((t * m).mT @ x[:, None]).sum(0, dtype=A.dtype)
-                dB = (dy_.mT @ (u * m)).sum(0, dtype=B.dtype)
-                dmask = t.to(mask.dtype) * u.to(mask.dtype)
-                dmask = dmask.sum((1, 2)) if mask.dim() == 2 else dmask.sum(1)
+        gradients = merged_gradients if backward_merged(x, B, mask) else factored_gradients
+        dx, dA, dB, dmask = gradients(dy, x, weight, A, B, mask, (need_x, any(need_adapter)))
+
+        dweight = dbias = None
         if need_weight:
             dweight = (dy.flatten(0, 1).mT @ x.flatten(0, 1)).to(weight.dtype)
         if need_bias:
             dbias = dy.sum((0, 1), dtype=weight.dtype)
-        adapter = zip((dA, dB, dmask), (A, B, mask))
-        return dx, dweight, dbias, *(None if grad is None else grad.to(t.dtype) for grad, t in adapter)
+        if dA is not None:
+            dA, dB, dmask = dA.to(A.dtype), dB.to(B.dtype), dmask.to(mask.dtype)
+        return dx, dweight, dbias, dA, dB, dmask
+
+
+def merged_gradients(dy, x, weight, A, B, mask, needed):
+    """Gradients of x, A, B and mask (N, r) by each image's merged weight. needed: whether x's, the others'."""
+    dtype, (G, o, _) = x.dtype, B.shape
+    dx = dA = dB = dmask = None
+    if needed[0]:
+        dx = dy @ merged_weight(weight, A, B, mask, dtype)
+    if needed[1]:
+        D = (dy.mT @ x).unflatten(1, (G, o))  # (N, G, o, d): the gradient of W + B diag(m) A
+        P = B.to(dtype).mT @ D  # (N, G, r, d)
+        Q = D @ A.to(dtype).mT  # (N, G, o, r)
+        P, Q = (t.to(torch.promote_types(dtype, torch.float32)) for t in (P, Q))
+        m = mask.to(P.dtype)
+        dA = torch.einsum("Nr,NGrd->Grd", m, P)
+        dB = torch.einsum("Nr,NGor->Gor", m, Q)
+        dmask = (P * A.to(P.dtype)).sum((1, 3))
+    return dx, dA, dB, dmask
+
+
+def factored_gradients(dy, x, weight, A, B, mask, needed):
+    """The same token by token, with mask (N, r) or (N, n, r)."""
+    dtype, (G, o, r) = x.dtype, B.shape
+    dx = dA = dB = dmask = None
+    m = mask.to(dtype).view(len(x), 1, -1, r)  # (N, 1, 1 or n, r)
+    dy_ = dy.unflatten(2, (G, o)).transpose(1, 2)  # (N, G, n, o)
+    t = dy_ @ B.to(dtype)  # (N, G, n, r)
+    if needed[0]:
+        dx = dy @ weight.to(dtype) + ((t * m) @ A.to(dtype)).sum(1)
+    if needed[1]:
+        u = x[:, None] @ A.to(dtype).mT  # (N, G, n, r)
+        dA = ((t * m).mT @ x[:, None]).sum(0, dtype=A.dtype)
+        dB = (dy_.mT @ (u * m)).sum(0, dtype=B.dtype)
+        dmask = (t.to(mask.dtype) * u.to(mask.dtype)).sum(1)  # (N, n, r)
+        if mask.dim() == 2:
+            dmask = dmask.sum(1)
+    return dx, dA, dB, dmask
 
 
 # ---------------------------------------------------------------- the gates
@@ -263,8 +275,8 @@ class SpaceGate(nn.Module):
 
     def forward(self, h):
         z_space = gumbel_sigmoid(self.g_space(h), self.temperature, self.training)
-        low, high = ((1 - z_space), z_space)
-        mask = torch.cat([low.expand(*low.shape[:-1], self.ranks[0]), high.expand(*high.shape[:-1], self.ranks[1])], -1)
+        low, high = self.ranks
+        mask = torch.cat([1 - z_space] * low + [z_space] * high, dim=-1)
         return mask, z_space[..., 0].long()
 
 
@@ -280,13 +292,13 @@ class RandomGate(nn.Module):
         self.ranks, self.rank, self.seeds = (rank_low, rank_high), rank_low + rank_high, None
 
     def forward(self, h):
-        shape = *h.shape[1:-1], 1 + self.rank  # of an image's coins
+        shape = *h.shape[1:-1], 1 + self.rank  # of one image's coins
         if self.training:
             coins = torch.rand(len(h), *shape, device=h.device)
         else:
-            coins = torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in self.seeds])
-        coins = (coins < 0.5).to(h)
-        z_space, z_L, z_H = coins.split([1, *self.ranks], dim=-1)
+            generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+            coins = torch.stack([torch.rand(shape, generator=generator) for generator in generators])
+        z_space, z_L, z_H = (coins < 0.5).to(h).split([1, *self.ranks], dim=-1)
         return torch.cat([(1 - z_space) * z_L, z_space * z_H], dim=-1), z_space[..., 0].long()
 
 
@@ -316,8 +328,10 @@ class ExpertGate(nn.Module):
         super().__init__()
         self.rank, self.temperature = sum(experts), temperature
         self.g = mlp(d, SPACE_WIDTH, len(experts))
-        block_of = torch.arange(len(experts)).repeat_interleave(torch.tensor(experts))  # (r,): each one's expert
-        self.register_buffer("block_of", block_of, persistent=False)
+        block_of = []  # the expert that each component belongs to
+        for expert, size in enumerate(experts):
+            block_of += [expert] * size
+        self.register_buffer("block_of", torch.tensor(block_of), persistent=False)
 
     def forward(self, h):
         logits = self.g(h)
@@ -333,9 +347,37 @@ def no_space(h):
     return h.new_zeros(h.shape[:-1], dtype=torch.long)
 
 
-GATES = {"gara": GaraGate, "gara_flat": FlatGate, "gara_space": SpaceGate, "gara_random": RandomGate, "lora": OpenGate,
-         "moe_lora": ExpertGate}
+class Method(NamedTuple):
+    """A kind of adapter: its gate, what tables call it, its options and their defaults (the paper's)."""
+    gate: type
+    title: str
+    options: dict
 
+
+# To add a method, write its gate and name it here.
+METHODS = {
+    "gara": Method(GaraGate, "GaRA", dict(rank_low=16, rank_high=256, temperature=0.5, scope="image")),
+    "gara_flat": Method(FlatGate, "GaRA flat", dict(rank=16, temperature=0.5, scope="image")),
+    "gara_space": Method(SpaceGate, "GaRA, gating 1 alone",
+                         dict(rank_low=16, rank_high=256, temperature=0.5, scope="image")),
+    "gara_random": Method(RandomGate, "GaRA, random gates", dict(rank_low=16, rank_high=256, scope="image")),
+    "lora": Method(OpenGate, "LoRA", dict(rank=16)),
+    "moe_lora": Method(ExpertGate, "MoE-LoRA", dict(experts=(2, 16, 128, 256), temperature=0.5, scope="image")),
+}
+SCOPES = ("image", "window")
+# The tiny vit_t is 160 wide where vit_b is 768, and its ranks shrink about as much.
+RANKS_VIT_T = dict(rank_low=4, rank_high=48, rank=4, experts=(1, 4, 24, 48))
+
+
+def default_options(method, backbone):
+    """The options that `attach` starts from."""
+    options = dict(METHODS[method].options)
+    if backbone == "vit_t":
+        options |= {name: rank for name, rank in RANKS_VIT_T.items() if name in options}
+    return options
+
+
+# ---------------------------------------------------------------- the adapter
 
 class Adapter(nn.Module):
     """Stands in for an attention layer's `qkv`: the frozen weight and bias (under their old names), A, B and the gate.
@@ -347,9 +389,9 @@ class Adapter(nn.Module):
     def __init__(self, linear, gate, window=0):
         super().__init__()
         self.weight, self.bias, self.gate, self.window = linear.weight, linear.bias, gate, window
-        d, like = linear.in_features, dict(device=linear.weight.device, dtype=linear.weight.dtype)
-        self.A = nn.Parameter(torch.empty(3, gate.rank, d, **like).uniform_(-d ** -0.5, d ** -0.5))
-        self.B = nn.Parameter(torch.zeros(3, d, gate.rank, **like))
+        d = linear.in_features
+        self.A = nn.Parameter(linear.weight.new_empty(3, gate.rank, d).uniform_(-d ** -0.5, d ** -0.5))
+        self.B = nn.Parameter(linear.weight.new_zeros(3, d, gate.rank))
         self.mask = self.space = None  # the last decisions, for gates()
 
     def forward(self, x):  # (N, H, W, d) -> (N, H, W, 3d)
@@ -383,7 +425,8 @@ def adapters(sam):
 def attach(sam, method="gara", **options):
     """Freeze `sam` and adapt q, k and v of every encoder layer. Returns sam, whose outputs stay the same until trained.
 
-    `options` override the method's entry in OPTIONS (for vit_t, OPTIONS_VIT_T). ValueError for what makes no sense.
+    `options` override the method's defaults in METHODS (for vit_t, with RANKS_VIT_T). ValueError for what makes no
+    sense.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
@@ -393,28 +436,43 @@ def attach(sam, method="gara", **options):
     unknown = sorted(options.keys() - known.keys())
     if unknown:
         raise ValueError(f"{method} has no option {unknown[0]}: it has {', '.join(known)}")
-    options, d = known | options, sam.image_encoder.blocks[0].attn.qkv.in_features
+    options = known | options
     if isinstance(options.get("experts"), list):
         options["experts"] = tuple(options["experts"])
-    ranks = options["experts"] if method == "moe_lora" else [options[key] for key in options if key.startswith("rank")]
-    sound = isinstance(ranks, (list, tuple)) and ranks
+    d = sam.image_encoder.blocks[0].attn.qkv.in_features
+    check_options(method, options, d)
+
+    sam.requires_grad_(False)
+    of_gate = dict(options)
+    scope = of_gate.pop("scope", "image")
+    for block in sam.image_encoder.blocks:
+        qkv = block.attn.qkv
+        gate = METHODS[method].gate(d, **of_gate).to(qkv.weight)
+        window = block.attn.window if scope == "window" else 0
+        block.attn.qkv = Adapter(qkv, gate, window).train(block.attn.training)
+    sam.adapter = dict(method=method, options=options)
+    if method == "gara_random":
+        sam.adapter_hook = sam.image_encoder.register_forward_pre_hook(seed_coins)
+    return sam
+
+
+def ranks_of(options):
+    """The sizes of a method's sets of components: (16, 256) of GaRA's, (16,) of LoRA's, the experts of MoE-LoRA's."""
+    if "experts" in options:
+        return options["experts"]
+    return tuple(value for key, value in options.items() if key.startswith("rank"))
+
+
+def check_options(method, options, d):
+    """ValueError for options that make no sense at width d."""
+    ranks, temperature = ranks_of(options), options.get("temperature", 1.0)
+    sound = isinstance(ranks, (list, tuple)) and len(ranks) > 0
     sound = sound and all(type(rank) is int and 0 < rank <= 4 * d for rank in ranks)
-    temperature = options.get("temperature", 1.0)
     if not sound or type(temperature) not in (int, float) or not 0 < temperature < math.inf:
         raise ValueError(f"{method} with {options}: ranks are whole numbers from 1 to {4 * d}, "
                          "the temperature is above 0")
     if options.get("scope", "image") not in SCOPES:
         raise ValueError(f"{method} with scope {options['scope']!r}: choose one of {', '.join(SCOPES)}")
-    sam.requires_grad_(False)
-    of_gate = {key: value for key, value in options.items() if key != "scope"}
-    for block in sam.image_encoder.blocks:
-        gate = GATES[method](d, **of_gate).to(block.attn.qkv.weight)
-        window = block.attn.window if options.get("scope") == "window" else 0
-        block.attn.qkv = Adapter(block.attn.qkv, gate, window).train(block.attn.training)
-    sam.adapter = dict(method=method, options=options)
-    if method == "gara_random":
-        sam.adapter_hook = sam.image_encoder.register_forward_pre_hook(seed_coins)
-    return sam
 
 
 def detach(sam):

@@ -320,7 +320,7 @@ def build_model(args):
         sam.requires_grad_(False).image_encoder.requires_grad_(True)
         return sam.to(args.device)
     options = {}
-    for name in gara.OPTIONS[args.method]:
+    for name in gara.METHODS[args.method].options:
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
     gara.attach(sam, args.method, **options)
