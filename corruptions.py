@@ -33,8 +33,6 @@ import io
 import math
 import numbers
 import os
-import statistics
-import time
 import zlib
 from pathlib import Path
 
@@ -648,22 +646,6 @@ def contact_sheet(image, seed=0, strength=1.0, size=240):
     return sheet
 
 
-def bench(image, rounds=5):
-    """Print milliseconds per corruption, the median of `rounds` seeds after a warm-up, and images/s of all."""
-    times = {name: [] for name in CORRUPTIONS}
-    for seed in range(rounds + 1):
-        for name, seconds in times.items():
-            started = time.perf_counter()
-            corrupt(image, name, seed)
-            seconds.append(time.perf_counter() - started)
-    medians = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
-    print(f"{image.shape[1]}x{image.shape[0]}, one core, median of {rounds}")
-    for name, seconds in medians.items():
-        print(f"{name:20s} {1e3 * seconds:8.1f} ms {1 / seconds:8.1f} images/s")
-    total = sum(medians.values())
-    print(f"{'all 15':20s} {1e3 * total:8.1f} ms {1 / total:8.2f} images/s")
-
-
 def main():
     """Runs the command line; a user's mistake ends in one line and exit code 2."""
     parser = argparse.ArgumentParser(description="Show a photo under the 15 Robust-Seg corruptions on one sheet.")
@@ -672,7 +654,6 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="another seed, other draws (0)")
     parser.add_argument("--strength", type=float, default=1.0, help="0 no change, 1 the benchmark, up to 10 (1)")
     parser.add_argument("--size", type=int, default=240, help="long side of a tile in pixels, 32 to 2000 (240)")
-    parser.add_argument("--bench", action="store_true", help="draw nothing: measure the speed of each on this photo")
     args = parser.parse_args()
     if not 32 <= args.size <= 2000:
         parser.exit(2, f"corruptions.py: --size is {args.size}; pass 32 to 2000\n")
@@ -681,8 +662,6 @@ def main():
         task = f"read {args.photo}"
         image = load_rgb(args.photo)
         task = f"corrupt {args.photo}"
-        if args.bench:
-            return bench(image)
         sheet = contact_sheet(image, args.seed, args.strength, args.size)
         task = f"write {args.out}"
         sheet.save(temporary)

@@ -21,18 +21,12 @@ for each method: `gara`; `gara_flat`, one set and no g; `gara_space`, g alone; `
     gara.save_adapter(sam, "gara.pt")                                        # the adapter alone
     gara.load_adapter(build_sam("vit_b", "sam_vit_b_01ec64.pth"), "gara.pt")
 
-    python gara.py --backbone vit_b                                          # what it costs: parameters and time
-
 Letters: N images, n tokens of an image, d width, r components, G weight matrices side by side (3: q, k and v).
 """
-import argparse
-import copy
-import functools
 import hashlib
 import math
 import os
 import pickle
-import sys
 import zlib
 from typing import NamedTuple
 
@@ -619,111 +613,3 @@ def load_adapter(sam, path):
         for key, value in expected.items():
             value.copy_(weights[key])
     return content["meta"]
-
-
-# ---------------------------------------------------------------- python gara.py: what it costs
-
-def open_components(sam, count):
-    """Have every layer's gates choose the first `count` components of the higher-rank set, whatever the image."""
-    for adapter in adapters(sam):
-        for g, k in ((adapter.gate.g_space, 1), (adapter.gate.g_H, count)):
-            g[-1].weight.zero_()
-            g[-1].bias.copy_(torch.arange(len(g[-1].bias)) < k).sub_(0.5)
-
-
-def costs(backbone, batch, device, rounds):
-    """Print learnable parameters, what a layer's q, k and v cost in training, and what GaRA adds to the encoder."""
-    from sam import BACKBONES, build_sam, megabytes, print_rows, race
-    rows = []
-    with torch.device("meta"):
-        for method in METHODS:
-            sam = attach(build_sam(backbone), method)
-            count = sum(p.numel() for p in sam.parameters() if p.requires_grad)
-            rows.append([method, str(sam.adapter["options"]), f"{count:,}", f"{count * 4 / 1e6:.1f}"])
-    print_rows(["method", "options", "parameters", "MB"], rows)
-    print(f"{backbone}, batch {batch}, {device}, float32, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}, median of {rounds} interleaved rounds\n")
-
-    sizes, options = BACKBONES[backbone], default_options("gara", backbone)
-    n, d, ranks = (sizes["image_size"] // sizes["patch"]) ** 2, sizes["d"], (options["rank_low"], options["rank_high"])
-    x, like = torch.randn(batch, n, d, device=device, requires_grad=True), dict(device=device)
-    weight, bias = torch.randn(3 * d, d, **like) * d ** -0.5, torch.randn(3 * d, **like)
-
-    def linear():
-        return F.linear(x, weight, bias)
-
-    def factored(A, B, mask):  # with m = 1 it is the LoRA of other libraries, on q, k and v
-        hidden = (x[:, None] @ A.mT) * mask[:, None, None, :]
-        return F.linear(x, weight, bias) + (hidden @ B.mT).transpose(1, 2).flatten(2)
-
-    def step(forward, *parameters):
-        def work():
-            y = forward()
-            y.backward(y.detach())
-            for tensor in (x, *parameters):
-                tensor.grad = None
-            return y.detach()
-        return work
-
-    works = {"plain linear layer": step(linear)}
-    for r in sorted({ranks[0], ranks[1] // 2, sum(ranks)}):
-        A = (torch.randn(3, r, d, **like) * d ** -0.5).requires_grad_()
-        B = (torch.randn(3, d, r, **like) * 0.1 * r ** -0.5).requires_grad_()
-        mask = torch.ones(batch, r, **like).requires_grad_()
-        parts = A, B, mask
-        works[f"rank {r}: gated_linear"] = step(functools.partial(gated_linear, x, weight, bias, *parts), *parts)
-        works[f"rank {r}: x A m B by autograd"] = step(functools.partial(factored, *parts), *parts)
-    done, rows = race(works, device, rounds), []
-    for name, row in done.items():
-        exact, error = done.get(name.replace("gated_linear", "x A m B by autograd"), row), "-"
-        if exact is not row and "failed" not in exact | row:
-            y = exact["result"]
-            error = f"{((row['result'] - y).abs().max() / y.abs().max()).item():.0e}"
-        rows.append([name, "-", "-", row["failed"]] if "failed" in row else
-                    [name, f"{1e3 * row['seconds']:.1f}", megabytes(row["peak"]), error])
-    print(f"one layer's q, k and v, forward and backward, {n} tokens of width {d}\n")
-    print_rows(["", "ms", "peak MB", "largest difference"], rows)
-
-    plain = build_sam(backbone).to(device)
-    adapted = attach(copy.deepcopy(plain), "gara").eval()
-    picture = torch.randn(batch, 3, sizes["image_size"], sizes["image_size"], device=device)
-
-    def encode(sam, count=None):
-        with torch.no_grad():
-            if count is not None:
-                open_components(sam, count)
-            return sam.image_encoder(picture)
-
-    works = {"SAM": functools.partial(encode, plain)}
-    for count in (ranks[1], ranks[1] // 2, 1):
-        works[f"GaRA, {count} of {ranks[1]} components"] = functools.partial(encode, adapted, count)
-    rows = []
-    for name, row in race(works, device, rounds).items():
-        weights = sum(t.numel() * t.element_size() for t in (plain if name == "SAM" else adapted).state_dict().values())
-        rows.append([name, "-", "-", row["failed"]] if "failed" in row else [
-            name, f"{row['seconds']:.3f}", f"{batch / row['seconds']:.2f}",
-            megabytes(row["peak"], weights)])
-    print("image encoder, inference\n")
-    print_rows(["", "seconds", "images/s", "weights and peak MB"], rows)
-
-
-def main(argv=None):
-    """Print the costs; returns the exit code."""
-    parser = argparse.ArgumentParser(description="What GaRA costs: parameters, and time of one layer.")
-    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
-    parser.add_argument("--backbone", default="vit_b", choices=("vit_t", "vit_b", "vit_l", "vit_h"))
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each row is timed (default 5)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    if min(args.batch, args.rounds) < 1:
-        parser.error("--batch and --rounds must be above 0")
-    try:
-        costs(args.backbone, args.batch, torch.device(args.device), args.rounds)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,9 +9,8 @@ SAM answers "which object is meant?" for a picture and a prompt, in three parts 
 `Sam` holds the three, `SamPredictor` has the official class's methods (one picture, many prompts), and
 
     python sam.py photo.jpg --point 500,375 --out overlay.png --mask mask.png
-    python sam.py --bench
 
-segment from the command line and tell how fast that is. Parameter names are the official code's
+segments from the command line. Parameter names are the official code's
 (github.com/facebookresearch/segment-anything). Letters in shape comments: N images, P prompts (each belongs to one
 image), K points and T tokens of a prompt, H x W tokens of an image, d channels of the encoder, C channels of the
 decoder, c channels of a head.
@@ -28,9 +27,7 @@ import functools
 import importlib.util
 import os
 import pickle
-import statistics
 import sys
-import time
 import urllib.error
 from collections import OrderedDict
 
@@ -857,85 +854,6 @@ def keep_freed_memory():
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
-# ---------------------------------------------------------------- python sam.py --bench: how fast it is here
-
-class PeakMemory:
-    """Bytes that a piece of work needs at its peak beyond what was held before: `with PeakMemory(device) as peak`.
-
-    peak.bytes is None where the system does not tell. On a CPU it is resident memory, which Linux alone lets us reset.
-    """
-
-    def __init__(self, device):
-        self.device, self.bytes = device, None
-
-    def resident(self, name):
-        with open("/proc/self/status") as file:
-            return 1024 * int(next(line for line in file if line.startswith(name + ":")).split()[1])
-
-    def __enter__(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
-        elif self.device.type == "cpu" and sys.platform == "linux":
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of the C library glibc: gives back what is free
-            if trim:
-                trim(0)
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")  # the peak starts anew
-            self.before = self.resident("VmRSS")
-        return self
-
-    def __exit__(self, *_):
-        if self.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before
-        elif self.device.type == "cpu" and sys.platform == "linux":
-            self.bytes = max(0, self.resident("VmHWM") - self.before)
-
-
-def race(works, device, rounds=5):
-    """Run functions in turn, so that a busy machine disturbs all alike: warm-up, `rounds` by the clock, one for memory.
-
-    works {name: function without arguments} -> {name: dict of first (seconds of the warm-up, compilation included),
-    seconds (the median of the rounds), peak (bytes or None), result}; one that raised has `failed`, a line, instead.
-    """
-    done, shown, terminal = {name: dict(times=[]) for name in works}, time.monotonic(), sys.stderr.isatty()
-    for number in range(rounds + 2):
-        for name, work in works.items():
-            row = done[name]
-            if "failed" in row:
-                continue
-            if time.monotonic() - shown > (0.1 if terminal else 10):
-                shown = time.monotonic()
-                print(f"{name}, round {number + 1} of {rounds + 2}"[:78].ljust(79), file=sys.stderr,
-                      end="\r" if terminal else "\n", flush=True)
-            try:
-                with PeakMemory(device) if number > rounds else contextlib.nullcontext() as peak:
-                    started = time.perf_counter()
-                    row["result"] = work()
-                    if device.type == "cuda":
-                        torch.cuda.synchronize(device)
-                    row["times"].append(time.perf_counter() - started)
-            except Exception as error:  # what fails is a row of the table: out of memory, no compiler, another version
-                row["failed"] = f"{type(error).__name__}: {(str(error) or 'no reason').splitlines()[0]}"[:90]
-            if number > rounds and "failed" not in row:
-                row |= dict(first=row["times"][0], seconds=statistics.median(row["times"][1:-1]), peak=peak.bytes)
-    return done
-
-
-def megabytes(peak, weights=0):
-    """Bytes as PeakMemory gives them, with those of the weights, for a table; "-" where the system does not tell."""
-    return "-" if peak is None else f"{(peak + weights) / 1e6:,.0f}"
-
-
-def print_rows(heads, rows):
-    """Columns of text, the first to the left and as wide as it needs."""
-    widths = [max(len(row[k]) for row in (heads, *rows) if k < len(row)) for k in range(len(heads))]
-    for row in (heads, *rows):
-        print("  ".join(f"{cell:{'>' if k else '<'}{width}}" for k, (cell, width) in enumerate(zip(row, widths))))
-    print()
-
-
 @contextlib.contextmanager
 def foreign(flag, spec):
     """Somebody else's code runs within: whatever it raises becomes a ValueError that says where."""
@@ -960,87 +878,6 @@ def from_file(spec, flag):
             return getattr(module, name)
     finally:
         sys.path.remove(folder)  # not the first entry: the file may have added its own
-
-
-@torch.no_grad()
-def bench(backbone, batch, device, compiled=False, against=(), rounds=5):
-    """Print speed, memory and accuracy of image encoder and decoder on this machine, with random weights.
-
-    against: (name, make) of other implementations; make(backbone, state_dict) gives an encoder, (N, 3, S, S) ->
-    (N, C, H, W), and an object with SamPredictor's methods, or None.
-    """
-    torch.manual_seed(0)
-    sam = build_sam(backbone)
-    for name, parameter in sam.image_encoder.named_parameters():
-        if "pos" in name:  # zero in a fresh model
-            nn.init.normal_(parameter, std=0.02)
-    others = {}
-    for name, make in against:
-        with foreign("--against", name):
-            others[name] = make(backbone, sam.state_dict())
-    sam.to(device)
-    sizes, side = BACKBONES[backbone], sam.image_encoder.img_size
-    x = torch.randn(batch, 3, side, side, device=device)
-
-    def encoder(forward, dtype=torch.float32):
-        def work():
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                return forward(x).float()
-        return work
-
-    # Multiplications of the encoder and their time if each ran as fast as one large matrix product does.
-    n, d, window, depth = (side // sizes["patch"]) ** 2, sizes["d"], sizes["window"], sizes["depth"]
-    padded = (-(-side // sizes["patch"] // window) * window) ** 2
-    wide = len(sizes["global_layers"])
-    flops = 2 * batch * (12 * depth * n * d * d + 2 * d * (wide * n * n + (depth - wide) * padded * window ** 2)
-                         + n * (3 * sizes["patch"] ** 2 * d + d * sizes["C"] + 9 * sizes["C"] ** 2))
-    a, b = torch.randn(batch * n, d, device=device), torch.randn(4 * d, d, device=device)
-    works = {"one matrix product": lambda: linear(a, b), "float32": encoder(sam.image_encoder),
-             "bfloat16": encoder(sam.image_encoder, torch.bfloat16)}
-    if compiled:
-        faster = torch.compile(sam.image_encoder)
-        works |= {"float32, compiled": encoder(faster), "bfloat16, compiled": encoder(faster, torch.bfloat16)}
-    for name, (forward, _) in others.items():
-        if hasattr(forward, "to"):
-            forward.to(device)
-        works[name] = encoder(forward)
-    done = race(works, device, rounds)
-    rate = 2 * batch * n * d * 4 * d / done.pop("one matrix product")["seconds"]
-    boxes = torch.rand(16, 4, device=device).sort()[0] * side
-    exact = done["float32"]["result"][:1]
-    masks = sam.decode(exact, boxes=boxes)[0] > 0
-    print(f"\n{backbone}, image encoder, batch {batch}, {side} x {side}, {device}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, median of {rounds} interleaved rounds\n")
-    rows = [["matrix products alone", f"{flops / rate:.3f}", f"{batch * rate / flops:.2f}", "", "",
-             f"{flops / 1e9:,.0f} GFLOP at {rate / 1e9:,.0f} GFLOP/s"]]
-    for name, row in done.items():
-        if "failed" in row:
-            rows.append([name, "-", "-", "-", "-", row["failed"]])
-            continue
-        result = row["result"][:1]
-        guess = sam.decode(result, boxes=boxes)[0] > 0
-        iou = (guess & masks).sum((2, 3)) / (guess | masks).sum((2, 3)).clamp(min=1)
-        rows.append([name, f"{row['seconds']:.3f}", f"{batch / row['seconds']:.2f}",
-                     megabytes(row["peak"]), f"{row['first']:.1f}",
-                     f"{((result - exact).abs().max() / exact.abs().max()).item():.0e}, {iou.mean().item():.4f}"])
-    print_rows(["", "seconds", "images/s", "peak MB", "first call s", "largest difference, mask IoU"], rows)
-
-    image = np.random.default_rng(0).integers(0, 256, (side * 3 // 4, side, 3), np.uint8)
-    points = np.random.default_rng(1).uniform(0, side * 3 // 4, (100, 1, 2)).astype(np.float32)
-    works, labels = {}, torch.ones(100, 1, dtype=torch.long, device=device)
-    predictors = [("", SamPredictor(sam)), *((f"{name}: ", p) for name, (_, p) in others.items() if p)]
-    for name, predictor in predictors:
-        predictor.set_image(image)
-        coords = torch.as_tensor(predictor.transform.apply_coords(points, image.shape[:2]), device=device).float()
-        works[name + "one call, 100 prompts"] = lambda predictor=predictor, coords=coords: predictor.predict_torch(
-            coords, labels, multimask_output=False)
-        works[name + "100 calls of predict"] = lambda predictor=predictor: [
-            predictor.predict(point, np.ones(1), multimask_output=False) for point in points]
-    print(f"decoder, 100 points on one picture of {image.shape[1]} x {image.shape[0]}\n")
-    print_rows(["", "seconds", "peak MB"], [
-        [name, "-", row["failed"]] if "failed" in row else
-        [name, f"{row['seconds']:.3f}", megabytes(row["peak"])]
-        for name, row in race(works, device, rounds).items()])
 
 
 # ---------------------------------------------------------------- python sam.py photo.jpg --point 500,375
@@ -1073,7 +910,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Segment an object of a picture from points and a box.")
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     add = parser.add_argument
-    add("picture", nargs="?")
+    add("picture")
     add("--point", type=numbers, action="append", default=[], metavar="X,Y[,0]",
         help="a pixel of the object, or with ,0 of the background; repeat for more")
     add("--box", type=numbers, metavar="X0,Y0,X1,Y1")
@@ -1083,24 +920,8 @@ def main(argv=None):
     add("--out", default="overlay.png", help="PNG with the mask drawn on the picture (default overlay.png)")
     add("--mask", help="also write the mask alone: a PNG, 255 inside, 0 outside")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--bench", action="store_true", help="no picture: measure speed and memory here, with random weights")
-    add("--batch", type=int, default=1, help="pictures at once, for --bench (default 1)")
-    add("--rounds", type=int, default=5, help="how often each row of --bench is timed (default 5)")
-    add("--compile", action="store_true", help="with --bench: also by torch.compile")
-    add("--against", nargs="+", default=[], metavar="FILE.py:NAME", help="with --bench: other implementations beside")
     args = parser.parse_args(argv)
     keep_freed_memory()
-    if args.bench == bool(args.picture):
-        parser.error("say which picture to segment, or --bench to measure")
-    if args.bench:
-        try:
-            if min(args.batch, args.rounds) < 1:
-                raise ValueError("--batch and --rounds must be above 0")
-            against = [(spec.rpartition(":")[2], from_file(spec, "--against")) for spec in args.against]
-            bench(args.backbone, args.batch, torch.device(args.device), args.compile, against, args.rounds)
-        except (RuntimeError, ValueError, AssertionError) as error:
-            parser.error(str(error).splitlines()[0])
-        return 0
     if not args.point and args.box is None:
         parser.error("say what to segment: --point X,Y or --box X0,Y0,X1,Y1")
     if any(len(point) not in (2, 3) for point in args.point) or len(args.box or range(4)) != 4:

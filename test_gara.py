@@ -602,46 +602,6 @@ def test_sam_command_line_mistakes_end_in_one_line(tmp_path, tiny_files, capsys,
     assert run_cli(sam.main, picture, *tiny_files[1:], *point, *arguments) == 2
     assert one_error(capsys) and everything(tmp_path) == before
 
-def test_sam_bench(tmp_path, capsys, monkeypatch):
-    """Finite rows, bfloat16 near float32, and a row that failed stays in the table."""
-    monkeypatch.setattr(torch, "compile", lambda module: lambda x: 1 / 0)
-    lines = ("import sam", "def other(backbone, weights):", "    model = sam.build_sam(backbone)",
-             "    model.load_state_dict(weights)", "    return model.image_encoder, sam.SamPredictor(model)",
-             "def absent(backbone, weights):", "    import no_such_module")
-    (tmp_path / "other.py").write_text("\n".join(lines))
-    assert run_cli(sam.main, "--bench", "--backbone", "vit_t", "--batch", 2, "--rounds", 3, "--compile",
-                   "--device", "cpu", "--against", f"{tmp_path / 'other.py'}:other") == 0
-    text = capsys.readouterr().out
-    lines = re.findall(r"^(\S.{20})  +(.*)$", text, re.M)
-    rows = {name.strip(): re.split(r"  +", rest.strip()) for name, rest in lines}
-    assert 0.001 < float(rows["float32"][1]) * float(rows["float32"][0]) / 2 < 1000
-    assert "batch 2" in text and "median of 3 " in text
-    difference, iou = rows["bfloat16"][-1].split(", ")
-    assert 1e-5 < float(difference) < 0.1 and 0.9 < float(iou) < 1 and rows["float32"][-1] == "0e+00, 1.0000"
-    assert "ZeroDivisionError" in rows["float32, compiled"][-1] and "GFLOP/s" in rows["matrix products alone"][-1]
-    assert rows["other"][-1] == "0e+00, 1.0000"
-    found = re.findall(r"^(?:other: )?(?:one call, 100 prompts|100 calls of predict) +[\d.]+ +\S+$", text, re.M)
-    assert len(found) == 4
-    for mistake in (["--batch", "0"], ["--rounds", "0"], ["--device", "nonsense"], ["photo.jpg"],
-                    ["--against", "none.py:x"], ["--against", f"{tmp_path / 'other.py'}:absent"]):
-        assert run_cli(sam.main, "--bench", "--backbone", "vit_t", *mistake) == 2 and one_error(capsys)
-
-def test_the_multiplications_that_the_bench_counts(monkeypatch, capsys):
-    """Against torch's own counter, on attention written out."""
-    from torch.utils.flop_counter import FlopCounterMode
-    model = tiny().image_encoder
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # whose products the counter does not know
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(
-            torch.nn.attention.SDPBackend.MATH):
-        model(torch.zeros(1, 3, 128, 128))
-    monkeypatch.setattr(sam, "race", lambda works, device, rounds=5: {name: dict(
-        result=work(), seconds=1.0, first=1.0, peak=0) for name, work in works.items() if "predict" not in name})
-    sam.bench("vit_t", 1, torch.device("cpu"), rounds=1)
-    rate = 2 * 256 * 160 * 640
-    seconds = float(re.search(r"^matrix products alone +(\S+)", capsys.readouterr().out, re.M)[1])
-    biases = 2 * 2 * 6 * 256 * 160 * 8  # what the bench leaves out: the relative positions, 8 wide at least
-    assert seconds * rate == pytest.approx(counter.get_total_flops() - biases, rel=0.02)
-
 # ---- GaRA: the operation --------------------------------------------------------------------------------------------
 
 def operands(sizes=None, dtype=torch.float64, device="cpu", update=1.0):
@@ -1433,10 +1393,6 @@ def test_corruption_sheet(tmp_path):
     assert done.returncode == 0, done.stderr
     with Image.open(sheet) as picture:
         assert picture.mode == "RGB" and picture.height > 4 * 96
-    bench = run_file(corruptions, photo, "--bench")
-    times = dict(re.findall(r"^(\w+|all 15) +([\d.]+) ms", bench.stdout, re.M))
-    assert bench.returncode == 0 and times.keys() == {*CORRUPTIONS, "all 15"}
-    assert float(times.pop("all 15")) == pytest.approx(sum(map(float, times.values())), abs=1) != 0
     for bad in ([tmp_path / "none.jpg"], [corruptions.__file__], [photo, "--out", tmp_path / "no" / "sheet.png"],
                 [photo, "--out", tmp_path / "sheet.what"], [photo, "--strength", "nan"]):
         failed = run_file(corruptions, *bad, *([] if "--out" in bad else ["--out", tmp_path / "x.png"]))
@@ -2710,24 +2666,6 @@ def test_signals_end_a_run_after_the_step_at_hand(demo, finished, tmp_path, monk
     assert run_train(*arguments, "--resume") == 0
     assert same(last(tmp_path / "run")["weights"], last(finished[0])["weights"])
 
-def test_train_bench_accounts_for_all_the_time(demo, tmp_path, capsys, monkeypatch):
-    """The parts of a step are shares of the whole; what sleeps longest is named; nothing is written or trained."""
-    monkeypatch.chdir(tmp_path)
-    prompts, decode = data.prompts, sam.MaskDecoder.forward
-    monkeypatch.setattr(data, "prompts", lambda *a: time.sleep(0.05) or prompts(*a))
-    monkeypatch.setattr(sam.MaskDecoder, "forward", lambda *a: time.sleep(0.2) or decode(*a))
-    before = sorted(os.listdir(demo))
-    arguments = "--data", demo / "demo", "--checkpoint", demo / "w.pth", "--bench", "--batch-size", 2, "--device", "cpu"
-    assert run_cli(train.main, *arguments) == 0
-    text = capsys.readouterr().out
-    rows = dict(re.findall(r"^(\w[^\d\n]*?) {2,}([\d.]+)", text, re.M))
-    assert 50 <= float(rows["draw prompts"]) <= float(rows["all of it"])
-    step = {name: float(rows[name]) for name in
-            ("image encoder, forward", "decoder, forward", "optimizer", "loss and backward")}
-    assert sum(step.values()) == pytest.approx(float(rows["the whole step"]), abs=0.1)
-    assert step["decoder, forward"] >= 200 and min(step.values()) > 0  # points and boxes, for two pictures
-    assert sorted(os.listdir(demo)) == before and not os.listdir(tmp_path)
-
 def test_steps_without_a_finite_gradient_are_skipped_and_counted(demo, tmp_path, monkeypatch, capsys):
     loss, calls = train.mask_loss, itertools.count()
     monkeypatch.setattr(train, "mask_loss", lambda z, t: loss(z, t) * (math.nan if next(calls) in (2, 3) else 1))
@@ -3359,16 +3297,6 @@ def test_rows_of_the_picture_are_the_least_middling_and_most_gains(demo):
     assert all(np.array_equal(row["predictions"]["right"], row["truth"]) for row in shown)
     assert len({row["condition"] for row in shown}) == 3
 
-def test_costs(demo, capsys):
-    models, about, _ = evaluate.load_models([], None, demo / "w.pth", torch.device("cpu"))
-    evaluate.costs(models, about, data.load_dataset(demo / "demo", "test")[0], "off", rounds=2)
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| SAM"))
-    memory, speed = (cell.strip() for cell in row.split("|")[4:6])
-    assert float(speed) > 0 and (sys.platform != "linux" or float(memory.replace(",", "")) > 11)  # its weights alone
-    with sam.PeakMemory(torch.device("cpu")) as peak:
-        np.ones(50_000_000, np.uint8).sum()
-    assert sys.platform != "linux" or 40e6 < peak.bytes < 80e6
-
 def made_up_results(models, conditions=data.CONDITIONS, images=4, layers=2, seed=0):
     """results.json's content from random numbers; ranks 3 and 10, so that gates do not fill their last byte."""
     rng = np.random.default_rng(seed)
@@ -3549,3 +3477,234 @@ def test_shipped_tiny_sam_segments_fresh_scenes():
             found = predictor.predict(box=data.prompts(mask, k)[1], multimask_output=False)[0]
             ious += evaluate.iou_dice(found, mask[None])[0].tolist()
     assert np.mean(ious) > 0.7
+
+# ---- Benchmarks -----------------------------------------------------------------------------------------------------
+
+sys.path.insert(0, os.path.join(HERE, "assets"))
+
+import bench
+
+CPU = torch.device("cpu")
+
+def bench_rows(text):
+    """{first cell: the other cells} of the tables in a benchmark's output; two spaces or more separate cells."""
+    rows = {}
+    for line in text.splitlines():
+        name, *cells = re.split(r"  +", line.strip())
+        if cells:
+            rows[name] = cells
+    return rows
+
+def test_race_times_everyone_in_turn_and_keeps_who_failed():
+    order = []
+
+    def work(name):
+        order.append(name)
+        if name == "broken" and len(order) > 3:
+            raise ValueError("no\nmore")
+        return name
+
+    done = bench.race({name: functools.partial(work, name) for name in ("a", "broken")}, CPU, rounds=3)
+    assert order == ["a", "broken", "a", "broken", "a", "a", "a"]  # a warm-up, three by the clock, one for memory
+    assert done["broken"]["failed"] == "ValueError: no"
+    assert "seconds" not in done["broken"]
+    assert done["a"]["result"] == "a"
+    assert 0 <= done["a"]["seconds"] < 1
+    assert len(done["a"]["times"]) == 4
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_peak_memory_is_what_the_work_needs():
+    with bench.PeakMemory(CPU) as peak:
+        np.ones(50_000_000, np.uint8).sum()
+    assert 40e6 < peak.bytes < 80e6
+
+def test_bench_prints_columns(capsys):
+    bench.print_rows(["", "seconds", "MB"], [["long name", "1.5", "20"], ["x", "-", "-"], ["short"]])
+    assert capsys.readouterr().out.splitlines() == [
+        "           seconds  MB",
+        "long name      1.5  20",
+        "x                -   -",
+        "short    ", ""]
+
+OTHER_SAM = """
+import sam
+
+def other(backbone, weights):
+    model = sam.build_sam(backbone)
+    model.load_state_dict(weights)
+    return model.image_encoder, sam.SamPredictor(model)
+
+def absent(backbone, weights):
+    import no_such_module
+"""
+
+def test_bench_sam(tmp_path, capsys, monkeypatch):
+    """Finite rows, bfloat16 near float32, and a row that failed stays in the table."""
+    monkeypatch.setattr(torch, "compile", lambda module: lambda x: 1 / 0)
+    (tmp_path / "other.py").write_text(OTHER_SAM)
+    assert run_cli(bench.main, "sam", "--backbone", "vit_t", "--batch", 2, "--rounds", 3, "--compile", "--device", "cpu",
+                   "--against", f"{tmp_path / 'other.py'}:other") == 0
+    text = capsys.readouterr().out
+    assert "batch 2" in text
+    assert "median of 3 " in text
+    rows = bench_rows(text)
+    seconds, images_per_second, *_ = rows["float32"]
+    assert float(seconds) * float(images_per_second) == pytest.approx(2, rel=0.1)
+    assert rows["float32"][-1] == "0e+00, 1.0000"
+    difference, iou = rows["bfloat16"][-1].split(", ")
+    assert 1e-5 < float(difference) < 0.1
+    assert 0.9 < float(iou) < 1
+    assert "ZeroDivisionError" in rows["float32, compiled"][-1]
+    assert "GFLOP/s" in rows["matrix products alone"][-1]
+    assert rows["other"][-1] == "0e+00, 1.0000"
+    for name in ("one call, 100 prompts", "100 calls of predict"):
+        assert float(rows[name][0]) > 0
+        assert float(rows[f"other: {name}"][0]) > 0
+
+def test_encoder_flops_against_torchs_own_counter(monkeypatch):
+    """On attention written out."""
+    from torch.utils.flop_counter import FlopCounterMode
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # whose products the counter does not know
+    written_out = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, written_out:
+        tiny().image_encoder(torch.zeros(1, 3, 128, 128))
+    relative_positions = 2 * 2 * 6 * 256 * 160 * 8  # not counted by the bench; 8 wide at least
+    counted = counter.get_total_flops() - relative_positions
+    assert bench.encoder_flops("vit_t", 1) == pytest.approx(counted, rel=0.02)
+    assert bench.encoder_flops("vit_t", 3) == 3 * bench.encoder_flops("vit_t", 1)
+
+def test_bench_gara(capsys):
+    assert run_cli(bench.main, "gara", "--backbone", "vit_t", "--rounds", 2, "--device", "cpu") == 0
+    text = capsys.readouterr().out
+    assert "median of 2 " in text
+    rows = bench_rows(text)
+    for method in gara.METHODS:
+        count = sum(value.numel() for value in gara.adapter_state(tiny(method)).values())
+        assert rows[method][-2:] == [f"{count:,}", f"{4 * count / 1e6:.1f}"]
+    for rank in (4, 24, 52):
+        milliseconds, _, difference = rows[f"rank {rank}: gated_linear"]
+        assert float(milliseconds) > 0
+        assert float(difference) < 1e-4
+        assert float(rows[f"rank {rank}: x A m B by autograd"][0]) > 0
+    for name in ("SAM", *(f"GaRA, {count} of 48 components" for count in (48, 24, 1))):
+        assert float(rows[name][0]) > 0
+
+def test_gates_that_are_set_open():
+    model, x = tiny("gara").eval(), pictures(0, 2)
+    for count in (48, 24, 1):
+        with torch.no_grad():
+            bench.open_components(model, count)
+        encode(model, x)
+        for layer in gara.gates(model):
+            assert layer["space"].tolist() == [1, 1]
+            assert layer["count"].tolist() == [count] * 2
+
+def test_bench_train_accounts_for_all_the_time(demo, tmp_path, capsys, monkeypatch):
+    """The parts of a step are shares of the whole; what sleeps longest is named; nothing is written or trained."""
+    monkeypatch.chdir(tmp_path)
+    prompts, decode = data.prompts, sam.MaskDecoder.forward
+    monkeypatch.setattr(data, "prompts", lambda *a: time.sleep(0.05) or prompts(*a))
+    monkeypatch.setattr(sam.MaskDecoder, "forward", lambda *a: time.sleep(0.2) or decode(*a))
+    before = everything(demo)
+    assert run_cli(bench.main, "train", "--data", demo / "demo", "--checkpoint", demo / "w.pth", "--batch-size", 2,
+                   "--device", "cpu") == 0
+    rows = bench_rows(capsys.readouterr().out)
+    assert 50 <= float(rows["draw prompts"][0]) <= float(rows["all of it"][0])
+    parts = ("image encoder, forward", "decoder, forward", "optimizer", "loss and backward")
+    step = {name: float(rows[name][0]) for name in parts}
+    assert sum(step.values()) == pytest.approx(float(rows["the whole step"][0]), abs=0.1)
+    assert step["decoder, forward"] >= 200  # points and boxes, for two images
+    assert min(step.values()) > 0
+    assert everything(demo) == before
+    assert not os.listdir(tmp_path)
+
+def test_bench_corruptions(tmp_path, capsys):
+    Image.fromarray(scene(90, 120)).save(tmp_path / "photo.png")
+    assert run_cli(bench.main, "corruptions", tmp_path / "photo.png", "--rounds", 1) == 0
+    rows = bench_rows(capsys.readouterr().out)
+    total = float(rows.pop("all 15")[0])
+    assert rows.keys() >= {*CORRUPTIONS}
+    assert total == pytest.approx(sum(float(rows[name][0]) for name in CORRUPTIONS), abs=1)
+
+def test_bench_models(demo, tmp_path, capsys, monkeypatch):
+    """Table 8 of SAM, an adapter, and predictors of which one fails."""
+    monkeypatch.chdir(tmp_path)
+    gara.save_adapter(gara.attach(tiny(), "gara"), "gara.pt")
+    (tmp_path / "mine.py").write_text("""
+import numpy as np
+
+class Nothing:
+    def set_image(self, image):
+        self.shape = 1, *image.shape[:2]
+
+    def predict(self, multimask_output=True, **prompt):
+        return np.zeros(self.shape, bool), None, None
+
+class Broken(Nothing):
+    def predict(self, **_):
+        return 1 / 0
+""")
+    assert run_cli(bench.main, "models", "--data", demo / "demo", "--checkpoint", demo / "w.pth", "--ckpt", "gara.pt",
+                   "--predictor", "mine.py:Nothing", "mine.py:Broken", "--limit", 2, "--rounds", 2, "--device", "cpu",
+                   "--json", "table8.json") == 0
+    stored = json.load(open("table8.json"))
+    assert stored["heads"][0] == "model"
+    rows = {name: cells for name, *cells in stored["rows"]}
+    assert len(rows) == 4
+    for name, cells in rows.items():
+        assert len(cells) == len(stored["heads"]) - 1
+    learnable, size, memory, speed = next(cells for name, cells in rows.items() if name.startswith("GaRA"))
+    count = sum(value.numel() for value in gara.adapter_state(tiny("gara")).values())
+    assert learnable == f"{count:,}"
+    assert float(size) == pytest.approx(os.path.getsize("gara.pt") / 1e6, abs=0.1)
+    assert float(speed) > 0
+    if sys.platform == "linux":
+        assert float(memory) > 11  # its weights alone
+    assert rows["SAM"][:2] == ["-", "-"]
+    assert rows["Nothing"][:3] == ["-", "-", "-"]
+    assert "ZeroDivisionError" in rows["Broken"][-1]
+    text = capsys.readouterr().out
+    assert "times as long" in text
+    assert bench_rows(text)["SAM"] == rows["SAM"]
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], ["sam"]), (["what"], ["what"]), (["sam", "--what"], ["--what"]), (["sam", "--batch", "0"], ["--batch"]),
+    (["sam", "--rounds", "0"], ["--rounds"]), (["sam", "--device", "nonsense"], ["--device"]),
+    (["sam", "--device", "cuda:99"], ["--device"]), (["sam", "photo.jpg"], ["photo.jpg"]),
+    (["sam", "--backbone", "vit_t", "--against", "none.py:x"], ["--against", "none.py"]),
+    (["sam", "--backbone", "vit_t", "--against", "other.py:absent"], ["--against", "no_such_module"]),
+    (["gara", "--batch", "0"], ["--batch"]), (["gara", "--rounds", "0"], ["--rounds"]),
+    (["train"], ["--data"]), (["train", "--data", "none"], ["none"]), (["train", "--data", "x", "--steps", "0"], ["steps"]),
+    (["corruptions"], ["photo"]), (["corruptions", "none.jpg"], ["none.jpg"]),
+    (["corruptions", "tiny.png"], ["tiny.png", "ValueError"]),
+    (["models"], ["--data"]), (["models", "--data", "none"], ["none"]),
+    (["models", "--data", "x", "--limit", "0"], ["--limit"])])
+def test_mistakes_at_a_bench_end_in_one_line(tmp_path, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.py").write_text(OTHER_SAM)
+    Image.fromarray(scene(9, 12)).save("tiny.png")
+    before = everything(tmp_path)
+    assert run_cli(bench.main, *arguments) == 2
+    assert one_error(capsys, *words)
+    assert everything(tmp_path) == before
+
+def test_bench_runs_from_anywhere(tmp_path):
+    Image.fromarray(scene(90, 120)).save(tmp_path / "photo.png")
+    command = [sys.executable, bench.__file__, "corruptions", "photo.png", "--rounds", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "fog" in done.stdout
+
+def test_importing_others_needs_none_of_them(tmp_path, monkeypatch):
+    """Their packages are imported when a model is asked for; `Restored` needs none."""
+    import others
+    monkeypatch.chdir(tmp_path)
+    model = tiny()
+    monkeypatch.setattr(sam, "build_sam", lambda backbone, checkpoint: model)
+    restored, plain = others.Restored(), sam.SamPredictor(model)
+    restored.set_image(scene())
+    plain.set_image(scene())
+    assert torch.equal(restored.predictor.features.cpu(), plain.features)  # its network changes nothing
+    for name in ("HQ_SAM", "RobustSAM"):
+        with refused("No module named", kind=ImportError):
+            getattr(others, name)()

@@ -42,8 +42,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import gara
-from sam import (BACKBONES, FILES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, keep_freed_memory,
-                 print_rows)
+from sam import BACKBONES, FILES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, keep_freed_memory
 
 # What a run uses where the command line is silent. The paper gives Adam, batch 8, both prompt kinds, weight decay 1e-5
 # and the learning rates of vit_b and vit_l (vit_h: as vit_l). Its number of steps is not stated: 40,000 is ours.
@@ -663,82 +662,6 @@ def steps(run, train_set, val_set, interrupt):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# train.py --bench: where a step's time goes.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Stopwatch:
-    """Seconds by name, of work done `with watch(name):` or between watch.start(name) and watch.stop(name)."""
-
-    def __init__(self, device):
-        self.device, self.seconds, self.started = device, {}, {}
-
-    def now(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def start(self, name):
-        self.started[name] = self.now()
-
-    def stop(self, name):
-        self.seconds[name] = self.seconds.get(name, 0) + self.now() - self.started[name]
-
-    @contextlib.contextmanager
-    def __call__(self, name):
-        self.start(name)
-        yield
-        self.stop(name)
-
-
-def bench(args, pictures=32, rounds=3):
-    """Print how long each part of an example's preparation and of a step takes. Trains nothing, writes nothing."""
-    sets = data.load_datasets(args.data, "train", args.strict)
-    train_set = data.Union(sets) if len(sets) > 1 else sets[0]
-    examples, chosen = examples_of(train_set, args, rounds + 1), data.spread(train_set, pictures)
-    resize, watch, count = ResizeLongestSide(examples.size), Stopwatch(torch.device("cpu")), len(chosen)
-    for k, sample in enumerate(chosen):
-        with watch("read the picture"):
-            image = data.read_image(sample.clear, sample.size)
-        with watch("degrade it"):
-            data.degrade(image, args.conditions[k % len(args.conditions)], k)
-        with watch("decode its masks (polygons, run lengths, PNG)"):
-            masks = sample.masks()
-        with watch("draw prompts"):
-            for mask in masks[:args.masks_per_image]:
-                data.prompts(mask, k)
-        with watch("scale and pad the picture"):
-            resize.apply_image(image)
-        with watch("scale and pad the masks"):
-            for mask in masks[:args.masks_per_image]:
-                examples.target(mask, image.shape[:2])
-    print(f"{', '.join(args.data)}: {image.shape[1]} x {image.shape[0]}, up to {args.masks_per_image} objects a "
-          f"picture, means over {count} pictures, one process\n")
-    print_rows(["an example", "ms"], [[name, f"{1e3 * seconds / count:.2f}"] for name, seconds in watch.seconds.items()]
-               + [["all of it", f"{1e3 * sum(watch.seconds.values()) / count:.2f}"]])
-
-    run, watch = Run(args), Stopwatch(args.device)
-    for name, module in (("image encoder, forward", run.sam.image_encoder), ("decoder, forward", run.sam.mask_decoder)):
-        module.register_forward_pre_hook(lambda *_, name=name: watch.start(name))
-        module.register_forward_hook(lambda *_, name=name: watch.stop(name))
-    run.optimizer.register_step_pre_hook(lambda *_: watch.start("optimizer"))
-    run.optimizer.register_step_post_hook(lambda *_: watch.stop("optimizer"))
-    for k in range(rounds + 1):
-        share = [examples[k * args.batch_size + n] for n in range(args.batch_size)]
-        if k == 1:
-            watch.seconds.clear()  # the first was a warm-up
-        with watch("the whole step"):
-            run.update(share)
-    whole = watch.seconds.pop("the whole step")
-    parts = watch.seconds | {"loss and backward": whole - sum(watch.seconds.values()), "the whole step": whole}
-    print(f"{args.backbone}, {args.method}, {args.batch_size} pictures a step, {args.device}, amp {args.amp}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}, mean of {rounds} steps\n")
-    print_rows(["a step", "ms a picture", "share"],
-               [[name, f"{1e3 * seconds / rounds / args.batch_size:.2f}", f"{seconds / whole:.0%}"]
-                for name, seconds in parts.items()])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The curve, and the command line.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -866,7 +789,6 @@ def parse(argv):
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     add("--amp", choices=("auto", "off", "bf16"), default="auto", help="auto: bf16 where the CPU or GPU computes in it")
     add("--workers", type=int, help="loader processes (default: half the cores, at most 8)")
-    add("--bench", action="store_true", help="train nothing: measure where a step's time goes")
     add("--log-every", type=int, default=20, help="steps")
     add("--save-minutes", type=float, default=10, help="write last.pt at least this often (default 10)")
     add("--keep-every", type=int, metavar="STEPS", help="also keep the adapter of every so many steps")
@@ -922,7 +844,7 @@ def main(argv=None):
     """Run the command line; returns the exit code. A user's mistake ends in one line."""
     args = parse(argv)
     try:
-        if not (args.resume or args.bench) and os.path.exists(os.path.join(args.out, "last.pt")):
+        if not args.resume and os.path.exists(os.path.join(args.out, "last.pt")):
             raise TrainingError(f"{args.out} holds a run already: --resume goes on with it, --out NAME starts another")
         if args.process == 0:
             for root in args.data:
@@ -934,9 +856,6 @@ def main(argv=None):
             dist.barrier()
         if args.device.type == "cpu":
             keep_freed_memory()
-        if args.bench:
-            bench(args)
-            return 0
         return train(args)
     except (TrainingError, data.DatasetError, OSError, ValueError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
