@@ -277,7 +277,7 @@ class SpaceGate(nn.Module):
 class RandomGate(nn.Module):
     """A fair coin in place of every gate's decision (Table 10), tossed anew for each image in evaluation as well.
 
-    There the coins of an image derive from its pixels and the layer, so the same picture always sees the same ones;
+    There the coins of an image derive from its pixels and the layer, so the same image always sees the same ones;
     `attach` has the encoder put a seed for each image into `seeds`.
     """
 
@@ -504,8 +504,11 @@ def gates(sam):
 
 def adapter_state(sam):
     """The adapter's own parameters by name: those under `qkv` that plain SAM does not have."""
-    return {key: value for key, value in sam.state_dict().items()
-            if ".attn.qkv." in key and not key.endswith((".qkv.weight", ".qkv.bias"))}
+    own = {}
+    for key, value in sam.state_dict().items():
+        if ".attn.qkv." in key and not key.endswith((".qkv.weight", ".qkv.bias")):
+            own[key] = value
+    return own
 
 
 def fingerprint(sam):
@@ -516,7 +519,8 @@ def fingerprint(sam):
     own, digest = adapter_state(sam), hashlib.sha256()
     for key, value in sorted(sam.state_dict().items()):
         if key not in own:
-            sample = value.flatten()[::max(1, value.numel() // 1024)].to(torch.bfloat16).view(torch.int16)
+            step = max(1, value.numel() // 1024)
+            sample = value.flatten()[::step].to(torch.bfloat16).view(torch.int16)
             digest.update(key.encode() + sample.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -560,15 +564,17 @@ def read_adapter(path):
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise ValueError(f"{path} is not a readable adapter file (cut off?): {reason}") from error
-    if isinstance(content, dict) and content.get("format") == "gara-sam adapter 1":
+    if not isinstance(content, dict):
+        content = {}
+    if content.get("format") == "gara-sam adapter 1":
         raise ValueError(f"{path} was trained with gates of another form, before the paper's own were known: train it "
                          "again, or use the version of this project that made it")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        if isinstance(content, dict) and "image_encoder.pos_embed" in content:
-            raise WholeModel(f"{path} is not an adapter file but a SAM checkpoint: give it with --checkpoint")
+    if "image_encoder.pos_embed" in content:
+        raise WholeModel(f"{path} is not an adapter file but a SAM checkpoint: give it with --checkpoint")
+    if content.get("format") != FORMAT:
         raise ValueError(f"{path} is not an adapter file of this project")
-    parts = dict(backbone=str, image_size=int, base=str, method=str, options=dict, weights=dict, meta=dict)
-    for key, kind in parts.items():
+    entries = dict(backbone=str, image_size=int, base=str, method=str, options=dict, weights=dict, meta=dict)
+    for key, kind in entries.items():
         if not isinstance(content.get(key), kind):
             raise ValueError(f"{path} is damaged: its entry {key!r} is missing or no {kind.__name__}")
     return content
@@ -581,27 +587,21 @@ def load_adapter(sam, path):
     weights, or a key that is missing, unknown, of another shape or not finite. sam is then unchanged.
     """
     content = read_adapter(path)
-    if content["backbone"] != sam.backbone:
-        raise ValueError(f"{path} adapts {content['backbone']}, this SAM is {sam.backbone}: "
-                         f"say --backbone {content['backbone']}")
-    here, size = fingerprint(sam), sam.image_encoder.img_size
-    if content["image_size"] != size:
-        raise ValueError(f"{path} was trained at image size {content['image_size']}, this SAM takes {size}: "
-                         f"build_sam(..., image_size={content['image_size']})")
-    if content["base"] != here:
-        raise ValueError(f"{path} was trained on other {sam.backbone} weights than these (fingerprint "
-                         f"{content['base']}, here {here}): give the checkpoint it was trained on with --checkpoint")
-    config = dict(method=content["method"], options=content["options"])
-    if adapters(sam) and sam.adapter != config:
-        raise ValueError(f"{path} is {config['method']} {config['options']}, this SAM carries {sam.adapter['method']} "
+    check_base(sam, content, path)
+    method, options = content["method"], content["options"]
+    fresh = not adapters(sam)
+    if not fresh and sam.adapter != dict(method=method, options=options):
+        raise ValueError(f"{path} is {method} {options}, this SAM carries {sam.adapter['method']} "
                          f"{sam.adapter['options']}: detach(sam) first")
-    fresh, trainable = not adapters(sam), [p.requires_grad for p in sam.parameters()]
+
+    trainable = [p.requires_grad for p in sam.parameters()]
     if fresh:
-        attach(sam, config["method"], **config["options"])
-    expected, weights = adapter_state(sam), content["weights"]
-    wrong = sorted(expected.keys() ^ weights.keys()) or [
-        key for key, value in expected.items()
-        if getattr(weights[key], "shape", None) != value.shape or not weights[key].isfinite().all()]
+        attach(sam, method, **options)
+    own, weights = adapter_state(sam), content["weights"]
+    wrong = sorted(own.keys() ^ weights.keys())
+    for key, value in own.items():
+        if key in weights and not fits(weights[key], value):
+            wrong.append(key)
     if wrong:
         if fresh:
             detach(sam)
@@ -610,6 +610,25 @@ def load_adapter(sam, path):
         raise ValueError(f"{path}: {wrong[0]} is missing, unknown, of a wrong shape or not finite "
                          f"({len(wrong)} such keys)")
     with torch.no_grad():
-        for key, value in expected.items():
+        for key, value in own.items():
             value.copy_(weights[key])
     return content["meta"]
+
+
+def check_base(sam, content, path):
+    """ValueError if the adapter file's content is for another backbone, image size or base weights than sam's."""
+    backbone, size, base = content["backbone"], content["image_size"], content["base"]
+    if backbone != sam.backbone:
+        raise ValueError(f"{path} adapts {backbone}, this SAM is {sam.backbone}: say --backbone {backbone}")
+    if size != sam.image_encoder.img_size:
+        raise ValueError(f"{path} was trained at image size {size}, this SAM takes {sam.image_encoder.img_size}: "
+                         f"build_sam(..., image_size={size})")
+    here = fingerprint(sam)
+    if base != here:
+        raise ValueError(f"{path} was trained on other {sam.backbone} weights than these (fingerprint {base}, here "
+                         f"{here}): give the checkpoint it was trained on with --checkpoint")
+
+
+def fits(weight, expected):
+    """Whether an entry of a file is a finite tensor of the expected one's shape."""
+    return isinstance(weight, torch.Tensor) and weight.shape == expected.shape and bool(weight.isfinite().all())

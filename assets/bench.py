@@ -296,6 +296,7 @@ def bench_gara(args):
     print(f"{args.backbone}, batch {args.batch}, float32, {setting(args)}")
     bench_layer(args)
     bench_adapted_encoder(args)
+    bench_training(args)
 
 
 def bench_layer(args):
@@ -344,12 +345,12 @@ def bench_layer(args):
 
 
 def bench_adapted_encoder(args):
-    """The image encoder without gradients: SAM, and GaRA with all, half and one of its components open."""
+    """The image encoder without gradients: SAM, and GaRA with all, half and one of its components open; per window."""
     plain = build_sam(args.backbone).to(args.device)
     adapted = gara.attach(copy.deepcopy(plain), "gara").eval()
+    windows = gara.attach(copy.deepcopy(plain), "gara", scope="window").eval()
     most = adapted.adapter["options"]["rank_high"]
-    side = plain.image_encoder.img_size
-    image = torch.randn(args.batch, 3, side, side, device=args.device)
+    image = random_images(args)
 
     @torch.no_grad()
     def encode(sam, count=None):
@@ -363,6 +364,8 @@ def bench_adapted_encoder(args):
         name = f"GaRA, {count} of {most} components"
         works[name] = functools.partial(encode, adapted, count)
         weights[name] = weight_bytes(adapted)
+    works["GaRA per window"] = functools.partial(encode, windows)
+    weights["GaRA per window"] = weight_bytes(windows)
 
     rows = []
     for name, row in race(works, args.device, args.rounds).items():
@@ -373,6 +376,38 @@ def bench_adapted_encoder(args):
                          megabytes(row["peak"], weights[name])])
     print("image encoder, inference\n")
     print_rows(["", "seconds", "images/s", "weights and peak MB"], rows)
+
+
+def random_images(args):
+    """Normalised images (N, 3, S, S) for the encoder."""
+    side = BACKBONES[args.backbone]["image_size"]
+    return torch.randn(args.batch, 3, side, side, device=args.device)
+
+
+def bench_training(args):
+    """A training step of the image encoder, forward and backward into the adapter, in bfloat16 and float32."""
+    image = random_images(args)
+    methods = {"LoRA 16": ("lora", dict(rank=16)), "GaRA": ("gara", {}), "GaRA per window": ("gara", dict(scope="window"))}
+
+    def step(sam, dtype):
+        with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
+            embedding = sam.image_encoder(image)
+        embedding.float().square().mean().backward()
+        sam.zero_grad(set_to_none=True)
+
+    works = {}
+    for name, (method, options) in methods.items():
+        sam = gara.attach(build_sam(args.backbone), method, **options).to(args.device).train()
+        works[f"{name}, bfloat16"] = functools.partial(step, sam, torch.bfloat16)
+        works[f"{name}, float32"] = functools.partial(step, sam, torch.float32)
+    rows = []
+    for name, row in sorted(race(works, args.device, args.rounds).items()):
+        if "failed" in row:
+            rows.append([name, "-", row["failed"]])
+        else:
+            rows.append([name, f"{row['seconds']:.2f}", megabytes(row["peak"])])
+    print("image encoder, a training step\n")
+    print_rows(["", "seconds", "peak MB"], rows)
 
 
 def open_components(sam, count):
