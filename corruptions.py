@@ -12,8 +12,10 @@ JPEG encoder. Robust-Seg measures that by degrading clean photographs with 15 fu
 The idea: a corruption is a function of an image, a seed and a strength, and of nothing else.
 
 * The seed makes an experiment repeatable. `corrupt` seeds a generator from (seed, name), so that two people, and two
-  methods, see the same pixels in any order of the images and with any number of workers. A function draws the same
-  numbers at any strength: a sweep of the strength varies one degradation, not a new one at every step.
+  methods, see the same pixels in any order of the images and with any number of workers. Evaluation derives the seed
+  from the names of the image and the corruption, training from the run's seed and the epoch as well (both through
+  `Sample.image` in data.py). A function draws the same numbers at any strength: a sweep of the strength varies one
+  degradation, not a new one at every step.
 * Strength scales something physical: displacement, noise amplitude, optical depth, exposure in stops. It is 0 for
   the untouched image, 1 for the benchmark, and 2 is about twice the dose.
 * The benchmark's accidents are kept. Its script does a few things that its function names do not say:
@@ -104,8 +106,10 @@ def join_hue(hue, low, high):
 
 
 def jpeg(image, coarseness, share):
-    """uint8 HxWx3 through JPEG with quantisation steps `coarseness` times the standard ones, colour at half resolution;
-    blended with the input, of which 1 - share remains."""
+    """uint8 HxWx3 through JPEG, then blended with the input, of which 1 - share remains -> uint8 HxWx3.
+
+    The quantisation steps are `coarseness` times the standard ones; colour has half the resolution.
+    """
     quality = 100 - 50 * coarseness
     if coarseness > 1:
         quality = 50 / coarseness
@@ -119,15 +123,15 @@ def jpeg(image, coarseness, share):
 # ---- Tools: moving and blurring -------------------------------------------------------------------------------------
 
 def whole_and_rest(positions):
-    """Real positions -> the next whole number below (int), and the rest from 0 to 1 (float64)."""
+    """Real positions -> the whole number at or below each (int), and the rest, 0 to 1 (float64)."""
     whole = np.floor(positions)
     return whole.astype(np.intp), positions - whole
 
 
 def between(a, b, t):
-    """a + t (b - a) of float32 arrays, written over b: new arrays are what takes time.
+    """Equals a + t * (b - a) for float32 arrays, but is written over b, since new arrays are what takes time.
 
-    Not (1 - t) a + t b, so that flat areas stay exact.
+    It is not (1 - t) * a + t * b, so that flat areas stay exact.
     """
     b -= a
     b *= np.float32(t)
@@ -136,7 +140,7 @@ def between(a, b, t):
 
 
 def interpolate(image, positions, axis, cubic):
-    """`resample` along one axis, -2 or -1."""
+    """`resample` along one axis only, -2 (rows) or -1 (columns)."""
     low, t = whole_and_rest(positions)
     t = np.float32(t)
     if axis == -2:
@@ -177,16 +181,17 @@ def resize(image, height, width, cubic=False):
 
 
 def warp(planes, dy, dx):
-    """Bilinear gather: out(y, x) = planes(y + dy, x + dx), mirrored at the borders, rounded.
+    """Bilinear gather: out(y, x) = planes(y + dy, x + dx), mirrored at the borders, rounded to whole levels.
 
-    planes: float32 3xHxW. dy, dx: HxW, in pixels. Returns float32 3xHxW.
+    planes: float32 3xHxW. dy, dx: HxW, in pixels. Returns float32 3xHxW. The four neighbours of a position are read
+    from planes with mirrored margins, laid out flat so that one index finds a pixel.
     """
     H, W = planes.shape[1:]
     top = int(abs(dy).max()) + 2                                     # margins that no displacement leaves
     left = int(abs(dx).max()) + 2
     margins = ((0, 0), (top, top), (left, left))
     padded = np.pad(planes, margins, mode="reflect")
-    below = padded.shape[2]                                          # from a pixel to the one below, in a flat plane
+    below = padded.shape[2]                                          # steps from a pixel to the one below it
     padded = padded.reshape(3, -1)
 
     rows = np.arange(top, top + H)[:, None]
@@ -216,7 +221,7 @@ def correlate(image, kernel):
         margins.append((side // 2, side // 2))
     padded = np.pad(image.astype(np.float32), margins, mode="reflect")
     out = np.zeros(image.shape, np.float32)
-    term = np.empty_like(out)                                                # one array for all: new ones are what takes time
+    term = np.empty_like(out)                                        # one for all: new arrays are what takes time
     for i, j in np.argwhere(kernel):
         weight = np.float32(kernel[i, j])
         shifted = padded[..., i:i + H, j:j + W]
@@ -239,11 +244,14 @@ def gaussian(sigma, radius):
 
 
 def splat(dy, dx, weights):
-    """Kernel for `correlate` with the given weights at real offsets (dy, dx), shared among the 4 pixels around each."""
+    """Kernel for `correlate` with weights at real offsets dy, dx (n,), each shared among the 4 pixels around it.
+
+    weights: (n,), or one number for all. Returns float64 with odd sides, summing to 1.
+    """
     furthest = max(abs(dy).max(), abs(dx).max())
     radius = math.ceil(furthest) + 1
     pixels = np.arange(-radius, radius + 1)[:, None]
-    row_share = np.maximum(0, 1 - abs(pixels - dy))               # of each pixel in each offset
+    row_share = np.maximum(0, 1 - abs(pixels - dy))                  # of each pixel in each offset
     col_share = np.maximum(0, 1 - abs(pixels - dx))
     kernel = row_share * weights @ col_share.T
     return kernel / kernel.sum()
@@ -372,9 +380,10 @@ def fog(image, rng, strength=1.0):
 
 
 def add_discs(planes, rng, side, opacity):
-    """Blend white discs of diameter side px into planes (uint8 3xHxW): ever more, in ever wider boxes; none if side < 10.
+    """Blend white discs of diameter `side` px into planes -> uint8 3xHxW.
 
-    Each disc rounds to whole levels, so that a faint one leaves what is already bright untouched.
+    Around the centre first, then ever more of them in ever wider boxes; none if side < 10. Each disc rounds to whole
+    levels, so that a faint one leaves what is already bright untouched.
     """
     H, W = planes.shape[1:]
     radius = side // 2
@@ -753,7 +762,8 @@ def underwater(image, rng, strength=1.0):
 
 # ---- One door to all of them ----------------------------------------------------------------------------------------
 
-# The benchmark's functions, in its order, by name. One named here takes part in training, evaluation, files and the sheet.
+# The benchmark's functions by name, in its order. Training, evaluation, prepared files and the sheet take all of these:
+# to add a corruption, write its function above and name it here.
 CORRUPTIONS = {function.__name__: function for function in (
     snow,
     fog,
@@ -771,7 +781,7 @@ CORRUPTIONS = {function.__name__: function for function in (
     brightness,
     contrast,
 )}
-# By name only: no average includes these.
+# These can be chosen by name, and enter no average.
 OTHERS = dict(night=night, underwater=underwater)
 
 

@@ -960,8 +960,8 @@ def test_gara_on_the_gpu_in_bfloat16():
 
 # ---- Corruptions ----------------------------------------------------------------------------------------------------
 
-# Ranges of output / input over the benchmark's own runs on five photographs, widened for a synthetic image, from and to:
-# mean, standard deviation, variance of the Laplacian, and PSNR in dB. Names and order are the benchmark's.
+# Ranges of output / input over the benchmark's own runs on five photographs, widened for a synthetic image, from and
+# to: mean, standard deviation, variance of the Laplacian; then PSNR in dB. Names and order are the benchmark's.
 MEASURED = """
 snow                 1.05 2         0.8 1.4       1.2 14          7 18
 fog                   1.1 2.6       0.3 0.5      0.01 0.3       6.5 17
@@ -1219,6 +1219,11 @@ def test_hue_there_and_back():
     assert abs(corruptions.join_hue(hue, low, high) - rgb).max() < 1e-3
     turned = corruptions.join_hue(hue + 2, low, high)  # a third of a turn: red becomes green
     assert abs(turned - rgb[[2, 0, 1]]).max() < 1e-3
+
+def test_between_in_place():
+    a, b, t = np.random.default_rng(0).random((3, 20, 20), dtype=np.float32)
+    expected = a + t * (b - a)
+    assert np.array_equal(corruptions.between(a, b, t), expected)
 
 def test_levels_through_a_table():
     image = scene(30, 40)
