@@ -38,6 +38,7 @@ import argparse
 import io
 import math
 import numbers
+import os
 import zlib
 from pathlib import Path
 
@@ -849,6 +850,16 @@ def contact_sheet(image, seed=0, strength=1.0, size=240):
     return sheet
 
 
+def save_whole(picture, path):
+    """Write a Pillow image in the format that the ending of `path` names: whole, or not at all."""
+    part = path.with_name(f".{path.name}")
+    try:
+        picture.save(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def main():
     """Runs the command line; a user's mistake ends in one line and exit code 2."""
     from data import DatasetError, read_image                        # here, so that the functions need no other file
@@ -865,7 +876,7 @@ def main():
     try:
         image = read_image(args.photo)
         sheet = contact_sheet(image, args.seed, args.strength, args.size)
-        sheet.save(args.out)
+        save_whole(sheet, args.out)
     except (DatasetError, OSError, ValueError) as error:
         parser.exit(2, f"corruptions.py: {error}\n")
     print(f"{args.out}: {sheet.width}x{sheet.height}, seed {args.seed}, strength {args.strength:g}")
