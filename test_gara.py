@@ -2487,7 +2487,7 @@ train.learning_rate = learning_rate
 sys.exit(train.main(sys.argv[1:]))
 """
     return subprocess.run([sys.executable, "-c", program, *map(str, words)], start_new_session=True, text=True,
-                          capture_output=True, timeout=300,
+                          capture_output=True, timeout=600,
                           env=os.environ | dict(OMP_NUM_THREADS=str(torch.get_num_threads())))
 
 def test_a_killed_run_goes_on_to_the_same_bits(demo, finished, tmp_path):
@@ -2750,7 +2750,7 @@ sys.exit(code)
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", demo / "two.py",
                *training(demo, demo / "two", *words)]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300,
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600,
                           env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
     return demo / "one", demo / "two", done.stdout

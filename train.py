@@ -633,6 +633,7 @@ def describe(run, datasets):
         init_sha256=run.init_sha256,
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
         machine=f"{platform.machine()}, {os.cpu_count()} cores, {gpu}",
+        world_size=WORLD_SIZE,
         data=sets,
         commit=commit(),
         learnable_parameters=sum(p.numel() for p in run.parameters))
