@@ -3,6 +3,7 @@
     python train.py --data demo/                                GaRA on the tiny SAM of this project, in minutes
     python train.py --backbone vit_b --data robustseg/          the paper's setting
     python train.py --backbone vit_b --data bdd100k/ LIS/ --no-corrupt     images that are degraded already
+    python train.py --init gara.pt --data LIS/ --no-corrupt     further training of an adapter (the paper's Table a4)
     python train.py --pretrain --data scenes/                   the tiny SAM itself, from scratch, on clear images
     torchrun --nproc_per_node=8 train.py ...                    the same run, its batches shared by 8 GPUs
 
