@@ -1,28 +1,31 @@
-"""Trains adapters on a frozen SAM with the segmentation loss alone, on degraded pictures that need no clean twin.
+"""Trains adapters on a frozen SAM with the segmentation loss alone, on degraded images that need no clean twin.
 
     python train.py --data demo/                                GaRA on the tiny SAM of this project, in minutes
     python train.py --backbone vit_b --data robustseg/          the paper's setting
-    python train.py --backbone vit_b --data bdd100k/ LIS/ --no-corrupt     pictures that are degraded already
-    python train.py --pretrain --data scenes/                   the tiny SAM itself, from scratch, on clear pictures
+    python train.py --backbone vit_b --data bdd100k/ LIS/ --no-corrupt     images that are degraded already
+    python train.py --init gara.pt --data LIS/ --no-corrupt     further training of an adapter (the paper's Table a4)
+    python train.py --pretrain --data scenes/                   the tiny SAM itself, from scratch, on clear images
     torchrun --nproc_per_node=8 train.py ...                    the same run, its batches shared by 8 GPUs
 
-One step: draw `--batch-size` pictures, each in one of 16 conditions (clear and the 15 corruptions) with equal chance;
+One step: draw `--batch-size` images, each in one of 16 conditions (clear and the 15 corruptions) with equal chance;
 encode each once; decode `--masks-per-image` of its objects twice, from three points and from the box; 20 x focal + dice
-loss on both; Adam on the adapter. Example i of a run is a function of (seed, i) alone, and the gates' noise of (seed,
-step, process). So the number of loader processes changes nothing, and `--resume` goes on as if there had been no
+loss on both; Adam on the adapter. Example i of a run is a function of (seed, i) alone, and the noise of the gates of
+(seed, step, process). So the number of workers changes nothing, and `--resume` continues as if there had been no
 interruption, to the bit on a CPU.
 
 Written to `--out` (runs/BACKBONE_METHOD): METHOD.pt, the adapter that was best on the validation split; last.pt, the
 newest one with what `--resume` needs; run.json, the settings; log.jsonl, one line per interval; curve.png.
 """
 import argparse
-import contextlib
+import dataclasses
+import datetime
 import functools
 import gc
 import hashlib
 import json
 import math
 import os
+import pathlib
 import pickle
 import platform
 import shutil
@@ -38,22 +41,34 @@ import torch.distributed.nn.functional  # here, while no group exists: its funct
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import data
 import gara
+from evaluate import Axes, COLOURS, RED, Style, draw_figure, shades, ticks
 from sam import BACKBONES, FILES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, keep_freed_memory
 
-# What a run uses where the command line is silent. The paper gives Adam, batch 8, both prompt kinds, weight decay 1e-5
-# and the learning rates of vit_b and vit_l (vit_h: as vit_l). Its number of steps is not stated: 40,000 is ours.
-OFFICIAL = dict(steps=40000, batch_size=8, masks_per_image=4)
+# What a run uses where the command line is silent. From the paper: Adam, batch 8, both prompt kinds, weight decay 1e-5
+# and the learning rates of vit_b and vit_l. Ours: 40,000 steps and 4 objects an image, which it does not state, vit_h
+# like vit_l, and all of vit_t. The ranks and the temperature stand in gara.METHODS.
+PAPER = dict(batch_size=8, weight_decay=1e-5, steps=40000, masks_per_image=4)
 DEFAULTS = {
-    "vit_t": dict(steps=450, lr=1e-3, batch_size=16, masks_per_image=2),
-    "vit_b": OFFICIAL | dict(lr=1e-4),
-    "vit_l": OFFICIAL | dict(lr=1e-5),
-    "vit_h": OFFICIAL | dict(lr=1e-5),
+    "vit_t": dict(batch_size=16, weight_decay=1e-5, steps=450, masks_per_image=2, lr=1e-3),
+    "vit_b": PAPER | dict(lr=1e-4),
+    "vit_l": PAPER | dict(lr=1e-5),
+    "vit_h": PAPER | dict(lr=1e-5),
 }
 BAD_STEPS = 10  # steps in a row without a finite gradient, after which a run gives up
+
+# How many processes torchrun has started to share the run, and the number of this one among them.
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+PROCESS_RANK = int(os.environ.get("RANK", 0))
+
+
+def say(text):
+    """Print a line, once for all processes."""
+    if PROCESS_RANK == 0:
+        print(text, flush=True)
 
 
 class TrainingError(Exception):
@@ -61,123 +76,163 @@ class TrainingError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Examples: what the loader's processes prepare.
+# Examples: what the workers prepare.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Examples(torch.utils.data.Dataset):
-    """Example i of a run: a picture in a drawn condition, scaled to the model, with prompts and targets for objects.
+@dataclasses.dataclass
+class Recipe:
+    """How samples become examples."""
+    conditions: list  # drawn with equal chance
+    clear: float = None  # the chance of a clear image; None: that of any other condition
+    masks_per_image: int = 4
+    image_size: int = 1024  # side of the square that the model sees
+    patch: int = 16
+    augment: bool = False
+    seed: int = 0
 
-    A bad sample is replaced by the next one of the epoch; its error travels along in `bad`, for the main process.
+
+class Examples(torch.utils.data.Dataset):
+    """Example i of a run: an image in a drawn condition, scaled to the model, with prompts and targets for objects.
+
+    A sample that cannot be used is replaced by the next one of the epoch; its error travels along in `errors`, for the
+    main process.
     """
 
-    def __init__(self, samples, backbone, count, seed, masks_per_image, conditions, augment, clear=None, size=None):
-        self.samples, self.count, self.seed, self.masks_per_image = samples, count, seed, masks_per_image
-        self.clear = clear  # the chance of a clear picture; None: as of any other condition
-        self.conditions = conditions
-        self.augment = augment
-        self.size, self.patch = size or BACKBONES[backbone]["image_size"], BACKBONES[backbone]["patch"]
+    def __init__(self, samples, count, recipe):
+        self.samples = samples
+        self.count = count
+        self.recipe = recipe
+        self.size = recipe.image_size
+        self.resize = ResizeLongestSide(self.size)
 
     def __len__(self):
         return self.count
 
     def __getitem__(self, i):
         epoch, position = divmod(i, len(self.samples))
-        order = np.random.default_rng(data.seed_of(self.seed, "order", epoch)).permutation(len(self.samples))
-        bad = []
-        for index in np.roll(order, -position):
+        rng = np.random.default_rng(data.seed_of(self.recipe.seed, "order", epoch))
+        order = np.roll(rng.permutation(len(self.samples)), -position)
+        errors = []
+        for index in order:
             try:
-                return self.make(self.samples[int(index)], epoch, i) | dict(bad=bad)
+                return self.make(self.samples[int(index)], epoch, i) | dict(errors=errors)
             except data.SampleError as error:
-                bad.append(error)
-        return TrainingError(f"none of the {len(order):,} samples can be used; the first: {bad[0]}")
+                errors.append(error)
+        return TrainingError(f"none of the {len(order):,} samples can be used; the first: {errors[0]}")
 
     def make(self, sample, epoch, i):
         """A dict: name, condition, image uint8 (3, h, w), points (M, 3, 2), labels (M, 3), boxes (M, 4) and targets
-        (M, 4H, 4W), M objects, coordinates in pixels of the scaled picture."""
-        rng = np.random.default_rng(data.seed_of(self.seed, "example", i))
-        # Equal chance, dealt like cards: of 16 conditions, every 16 examples hold each once, so batches differ less.
-        deal, place = divmod(i, len(self.conditions))
-        shuffled = np.random.default_rng(data.seed_of(self.seed, "conditions", deal)).permutation(len(self.conditions))
-        condition = self.conditions[shuffled[place]]
-        if self.clear is not None:
-            bad = [condition for condition in self.conditions if condition != "clear"]
-            condition = "clear" if rng.random() < self.clear or not bad else bad[rng.integers(len(bad))]
-        image = sample.image(condition, seed=data.seed_of(self.seed, epoch, sample.name, condition))
+        (M, 4H, 4W), M objects, coordinates in pixels of the scaled image. SampleError."""
+        recipe = self.recipe
+        rng = np.random.default_rng(data.seed_of(recipe.seed, "example", i))
+        condition = self.condition(i, rng)
+        image = sample.image(condition, seed=data.seed_of(recipe.seed, epoch, sample.name, condition))
         masks = sample.masks()
-        if self.augment:
+        if recipe.augment:
             image, masks = vary(image, masks, rng)
+        size = image.shape[:2]
+
         targets = {}
         for k in rng.permutation(len(masks)):
-            target = self.target(masks[k], image.shape[:2])
+            target = self.target(masks[k], size)
             if target.max() >= 128:  # else too small for the model's output to show
                 targets[k] = target
-            if len(targets) == self.masks_per_image:
+            if len(targets) == recipe.masks_per_image:
                 break
         if not targets:
             raise data.SampleError(f"{sample.source}: no mask of {sample.name} is as large as a pixel of the model's "
                                    "output")
         # Always the same number of objects, some of them twice with other points if need be: all steps have one shape.
-        chosen = np.resize(list(targets), self.masks_per_image)
-        if sample.pinned is None:
-            drawn = [data.prompts(masks[k], data.seed_of(self.seed, i, slot)) for slot, k in enumerate(chosen)]
-            points, boxes = (np.stack(part) for part in zip(*drawn))
-        else:
-            points, boxes = (part[chosen] for part in sample.prompts(masks))
-        resize, size = ResizeLongestSide(self.size), image.shape[:2]
-        points, boxes = resize.apply_coords(points, size), resize.apply_boxes(boxes, size)
+        chosen = np.resize(list(targets), recipe.masks_per_image)
+
+        points, boxes = self.prompts(sample, masks, chosen, i)
+        points = self.resize.apply_coords(points, size)
+        boxes = self.resize.apply_boxes(boxes, size)
         labels = np.ones(points.shape[:2], dtype=np.int64)
-        if self.augment:
+        if recipe.augment:
             labels, boxes = loosen(labels, boxes, rng)
-        scaled = resize.apply_image(image)
-        return dict(name=sample.name, condition=condition, image=torch.tensor(scaled).permute(2, 0, 1),
-                    points=torch.from_numpy(points), labels=torch.from_numpy(labels), boxes=torch.from_numpy(boxes),
-                    targets=torch.from_numpy(np.stack([targets[k] for k in chosen])))
+        arrays = dict(image=np.array(self.resize.apply_image(image)).transpose(2, 0, 1), points=points, labels=labels,
+                      boxes=boxes, targets=np.stack([targets[k] for k in chosen]))
+        tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        return dict(name=sample.name, condition=condition, **tensors)
+
+    def condition(self, i, rng):
+        """Equal chance, dealt like cards: of 16 conditions, every 16 examples hold each once, so batches differ less.
+        With a chance for clear images, drawn by that."""
+        recipe = self.recipe
+        if recipe.clear is not None:
+            others = all_but_clear(recipe.conditions)
+            if rng.random() < recipe.clear or not others:
+                return "clear"
+            return others[rng.integers(len(others))]
+        deal, card = divmod(i, len(recipe.conditions))
+        shuffle = np.random.default_rng(data.seed_of(recipe.seed, "conditions", deal))
+        return recipe.conditions[shuffle.permutation(len(recipe.conditions))[card]]
+
+    def prompts(self, sample, masks, chosen, i):
+        """points (M, 3, 2) and boxes (M, 4) of the chosen masks: the pinned ones, else others for each example."""
+        if sample.pinned is not None:
+            points, boxes = sample.prompts(masks)
+            return points[chosen], boxes[chosen]
+        seeds = [data.seed_of(self.recipe.seed, i, slot) for slot in range(len(chosen))]
+        points, boxes = zip(*map(data.prompts, masks[chosen], seeds))
+        return np.stack(points), np.stack(boxes)
 
     def target(self, mask, size):
-        """bool HxW, of a picture of this size -> uint8 (4H, 4W): how much of each low-resolution pixel it covers."""
-        height, width = ResizeLongestSide(self.size).get_preprocess_shape(*size)
-        frame = Image.new("L", (self.size, self.size))  # like the picture: scaled, then padded right and below
-        frame.paste(Image.fromarray(mask).convert("L").resize((width, height), Image.Resampling.BILINEAR))
-        return np.asarray(frame.reduce(self.patch // 4))
+        """bool HxW, of an image of this size -> uint8 (4H, 4W): how much of each low-resolution pixel it covers."""
+        height, width = self.resize.get_preprocess_shape(*size)
+        scaled = Image.fromarray(mask).convert("L").resize((width, height), Image.Resampling.BILINEAR)
+        frame = Image.new("L", (self.size, self.size))  # padded right and below, like the image
+        frame.paste(scaled)
+        return np.asarray(frame.reduce(self.recipe.patch // 4))
 
 
-def examples_of(train_set, args, steps):
-    """The examples of so many steps of the run that `args` describes."""
-    return Examples(train_set, args.backbone, steps * args.batch_size, args.seed, args.masks_per_image,
-                    args.conditions, args.pretrain, args.clear, args.image_size)
+def all_but_clear(conditions):
+    """The conditions of degraded images."""
+    return [condition for condition in conditions if condition != "clear"]
 
 
 def vary(image, masks, rng):
-    """For `--pretrain`: the picture and its masks transposed, mirrored, with colour channels exchanged, at random."""
+    """For `--pretrain`: the image and its masks transposed, mirrored, with colour channels exchanged, at random."""
     if rng.random() < 0.5:
         image, masks = image.swapaxes(0, 1), masks.swapaxes(1, 2)
     for axis in (0, 1):
         if rng.random() < 0.5:
             image, masks = np.flip(image, axis), np.flip(masks, axis + 1)
-    return np.ascontiguousarray(image[..., rng.permutation(3)]), np.ascontiguousarray(masks)
+    image = image[..., rng.permutation(3)]
+    return np.ascontiguousarray(image), np.ascontiguousarray(masks)
 
 
 def loosen(labels, boxes, rng):
     """For `--pretrain`: prompts as people give them: one to three points (the rest "no point"), inexact boxes."""
     keep = rng.integers(1, 4, len(labels))
+    labels = np.where(np.arange(3) < keep[:, None], labels, -1)
     sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
-    return (np.where(np.arange(3) < keep[:, None], labels, -1),
-            (boxes + sides * rng.normal(0, 0.03, boxes.shape).clip(-0.1, 0.1)).astype(np.float32))
+    shifts = sides * rng.normal(0, 0.03, boxes.shape).clip(-0.1, 0.1)
+    return labels, (boxes + shifts).astype(np.float32)
 
 
-def batches(examples, first, args):
+def examples_of(train_set, args, steps):
+    """The examples of so many steps of the run that `args` describes."""
+    sizes = BACKBONES[args.backbone]
+    recipe = Recipe(args.conditions, args.clear, args.masks_per_image, args.image_size or sizes["image_size"],
+                    sizes["patch"], augment=args.pretrain, seed=args.seed)
+    return Examples(train_set, steps * args.batch_size, recipe)
+
+
+def batches(examples, first, batch_size, workers):
     """This process's share of the batches, beginning with batch number `first`: lists of examples."""
-    shares = [range(start + args.process, start + args.batch_size, args.processes)
-              for start in range(first * args.batch_size, len(examples), args.batch_size)]
+    starts = range(first * batch_size, len(examples), batch_size)
+    shares = [range(start + PROCESS_RANK, start + batch_size, WORLD_SIZE) for start in starts]
     # Its own generator: the loader draws a seed when it starts, and a resumed run must not draw one more than another.
     return torch.utils.data.DataLoader(
-        examples, batch_sampler=shares, num_workers=args.workers, collate_fn=list, generator=torch.Generator(),
-        prefetch_factor=4 if args.workers else None, worker_init_fn=leave_signals_to_the_main_process)
+        examples, batch_sampler=shares, num_workers=workers, collate_fn=list, generator=torch.Generator(),
+        prefetch_factor=4 if workers else None, worker_init_fn=leave_signals_to_the_main_process)
 
 
 def leave_signals_to_the_main_process(_):
-    """Ctrl-C, and a cluster's SIGTERM, reach every process; the loader's must live until the main one has saved."""
+    """Ctrl-C, and a cluster's SIGTERM, reach every process; the workers must live until the main one has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -192,19 +247,23 @@ def mask_loss(logits, targets):
 
     targets are in 0..1: a low-resolution pixel on an outline is partly covered. The focal loss weighs object and
     background alike, alpha = 0.5. Detection's usual 0.25 counts a missed object pixel a third of a false one, so where
-    a picture leaves doubt, masks shrink: the tiny SAM trained with it did best at a threshold of -0.75, not 0.
+    an image leaves doubt, masks shrink: the tiny SAM trained with it did best at a threshold of -0.75, not 0.
     """
     p = logits.sigmoid()
     wrong = p + targets - 2 * p * targets  # 1 - p_t
-    focal = 0.5 * wrong ** 2 * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    dice = 1 - (2 * (p * targets).sum((-2, -1)) + 1) / ((p + targets).sum((-2, -1)) + 1)
-    return 20 * focal.mean((-2, -1)) + dice
+    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    focal = (0.5 * wrong ** 2 * entropy).mean((-2, -1))
+    overlap = (p * targets).sum((-2, -1))
+    total = (p + targets).sum((-2, -1))
+    dice = 1 - (2 * overlap + 1) / (total + 1)
+    return 20 * focal + dice
 
 
 def mask_iou(logits, targets):
     """IoU of logits > 0 with targets > 0.5: (..., h, w) twice -> (...)."""
-    guess, truth = logits > 0, targets > 0.5
-    return (guess & truth).sum((-2, -1)) / (guess | truth).sum((-2, -1)).clamp(min=1)
+    predicted, truth = logits > 0, targets > 0.5
+    overlap = (predicted & truth).sum((-2, -1))
+    return overlap / (predicted | truth).sum((-2, -1)).clamp(min=1)
 
 
 class Losses(torch.nn.Module):
@@ -212,64 +271,75 @@ class Losses(torch.nn.Module):
 
     def __init__(self, sam, pretrain):
         super().__init__()
-        self.sam, self.pretrain = sam, pretrain
+        self.sam = sam
+        self.pretrain = pretrain
 
     def forward(self, batch):
-        sam, device = self.sam, self.sam.device
-        images = torch.cat([sam.preprocess(x["image"].to(device, non_blocking=True)[None]) for x in batch])
-        points, labels, boxes, targets = (torch.cat([x[key] for x in batch]).to(device, non_blocking=True)
-                                          for key in ("points", "labels", "boxes", "targets"))
-        image_index = torch.tensor([n for n, x in enumerate(batch) for _ in x["boxes"]], device=device)
-        targets = targets.float() / 255  # (P, 4H, 4W)
-        embeddings = sam.image_encoder(images)
+        """N examples of M objects each, P = N * M."""
+        sam = self.sam
+
+        def together(key):
+            return torch.cat([example[key] for example in batch]).to(sam.device, non_blocking=True)
+
+        images = []
+        for example in batch:
+            images.append(sam.preprocess(example["image"].to(sam.device, non_blocking=True)[None]))
+        embeddings = sam.image_encoder(torch.cat(images))
+        points = together("points"), together("labels")  # (P, 3, 2), (P, 3)
+        boxes = together("boxes")  # (P, 4)
+        targets = together("targets").float() / 255  # (P, 4H, 4W)
+        image_index = torch.arange(len(batch), device=sam.device).repeat_interleave(len(boxes) // len(batch))  # (P,)
         if self.pretrain:
-            return self.pretrain_loss(embeddings, points, labels, boxes, targets, image_index)
-        losses, ious = [], {}
-        for kind, prompt in (("point", dict(points=(points, labels))), ("box", dict(boxes=boxes))):
+            return self.pretrain_loss(embeddings, image_index, points, boxes, targets)
+
+        losses, ious = {}, {}
+        for kind, prompt in (("point", dict(points=points)), ("box", dict(boxes=boxes))):
             logits, _ = sam.decode(embeddings, image_index=image_index, **prompt)
             logits = logits[:, 0].float()
-            losses.append(mask_loss(logits, targets).mean())
+            losses[kind] = mask_loss(logits, targets).mean()
             ious[kind] = mask_iou(logits, targets).mean()
-        return sum(losses), ious
+        return losses["point"] + losses["box"], ious
 
-    def pretrain_loss(self, embeddings, points, labels, boxes, targets, image_index):
+    def pretrain_loss(self, embeddings, image_index, points, boxes, targets):
         """Each mask from one prompt kind, in turn; all four outputs learn, and the predicted IoU.
 
         The single mask answers every prompt; of the three for ambiguous prompts, only the best learns (as in SAM).
         """
-        sam, losses, ious = self.sam, [], {}
-        for kind, these in (("point", slice(0, None, 2)), ("box", slice(1, None, 2))):
-            if kind == "point":
-                sparse, dense = sam.prompt_encoder((points[these], labels[these]), None, None)
-            else:
-                sparse, dense = sam.prompt_encoder(None, boxes[these], None)
+        sam = self.sam
+        coords, labels = points
+        prompts = {"point": ((coords[::2], labels[::2]), None, None), "box": (None, boxes[1::2], None)}
+        losses, ious = [], {}
+        for first, kind in enumerate(prompts):
+            sparse, dense = sam.prompt_encoder(*prompts[kind])
             logits, scores = sam.mask_decoder.predict_masks(
-                embeddings[image_index[these]], sam.prompt_encoder.get_dense_pe(), sparse, dense)
-            logits, truth = logits.float(), targets[these][:, None].expand_as(logits)
-            each, iou = mask_loss(logits, truth), mask_iou(logits, truth)  # (P, 4)
-            losses.append(each[:, 0] + each[:, 1:].amin(1) + (scores.float() - iou).square().mean(1))
+                embeddings[image_index[first::2]], sam.prompt_encoder.get_dense_pe(), sparse, dense)
+            logits = logits.float()
+            truth = targets[first::2, None].expand_as(logits)
+            loss, iou = mask_loss(logits, truth), mask_iou(logits, truth)  # (P / 2, 4)
+            losses.append(loss[:, 0] + loss[:, 1:].amin(1) + (scores.float() - iou).square().mean(1))
             ious[kind] = iou[:, 0].mean()
         return torch.cat(losses).mean(), ious
 
 
 @torch.no_grad()
 def validate(sam, dataset, limit, conditions, autocast):
-    """Mean IoU over masks at the pictures' own resolution: {"box clear": ..., "box degraded", "point clear", ...}.
+    """Mean IoU over masks at the images' own resolution: {"box clear": ..., "box degraded", "point clear", ...}.
 
-    Up to `limit` pictures spread over the split, each clear, if that is one of the conditions, and in one of the others
-    that its name chooses. Prompts and noise derive from names, so every call sees the same. Several processes share the
-    pictures.
+    Up to `limit` images, evenly spaced over the split, each clear, if that is one of the conditions, and in one of the
+    others that its name chooses. Prompts and noise derive from names, so every call sees the same. Several processes
+    share the images.
     """
     sam.eval()
-    predictor, scores, (process, processes) = SamPredictor(sam), {}, place()
-    bad = [condition for condition in conditions if condition != "clear"]
-    for sample in data.spread(dataset, limit)[process::processes]:
+    predictor = SamPredictor(sam)
+    degraded = all_but_clear(conditions)
+    ious = {}
+    for sample in data.spread(dataset, limit)[PROCESS_RANK::WORLD_SIZE]:
         seen = {"clear": "clear"} if "clear" in conditions else {}
-        if bad:
-            seen["degraded"] = bad[data.seed_of(sample.name) % len(bad)]
+        if degraded:
+            seen["degraded"] = degraded[data.seed_of(sample.name) % len(degraded)]
         try:
             masks = sample.masks()
-            points, boxes = (torch.from_numpy(p).to(sam.device) for p in sample.prompts(masks))
+            points, boxes = sample.prompts(masks)
             images = {kind: sample.image(condition) for kind, condition in seen.items()}
         except data.SampleError as error:
             report(dataset, error)
@@ -278,35 +348,47 @@ def validate(sam, dataset, limit, conditions, autocast):
         for kind, image in images.items():
             with autocast():
                 predictor.set_image(image)
-                coords = predictor.transform.apply_coords(points, predictor.original_size)
-                corners = predictor.transform.apply_boxes(boxes, predictor.original_size)
-                by_point, *_ = predictor.predict_torch(coords, torch.ones_like(coords[..., 0]), multimask_output=False)
-                by_box, *_ = predictor.predict_torch(None, None, corners, multimask_output=False)
-            for prompt, masks in (("point", by_point), ("box", by_box)):
-                scores.setdefault(f"{prompt} {kind}", []).extend(mask_iou(masks[:, 0].float(), truth).tolist())
-    if processes > 1:
-        parts = [None] * processes
-        dist.all_gather_object(parts, scores)
-        scores = {key: [value for part in parts for value in part.get(key, ())] for part in parts for key in part}
-    if not scores:
+                predicted = predict(predictor, torch.from_numpy(points), torch.from_numpy(boxes))
+            for prompt, logits in predicted.items():
+                ious.setdefault(f"{prompt} {kind}", []).extend(mask_iou(logits[:, 0].float(), truth).tolist())
+    ious = gather(ious)
+    if not ious:
         raise TrainingError(f"{dataset.summary()}: no sample of the validation split can be read")
-    return {key: math.fsum(value) / len(value) for key, value in sorted(scores.items())}
+    return {key: math.fsum(values) / len(values) for key, values in sorted(ious.items())}
+
+
+def predict(predictor, points, boxes):
+    """Masks (M, 1, H, W) by prompt kind, from points (M, 3, 2) and from boxes (M, 4) in pixels of the image."""
+    size, device = predictor.original_size, predictor.device
+    coords = predictor.transform.apply_coords(points.to(device), size)
+    boxes = predictor.transform.apply_boxes(boxes.to(device), size)
+    by_point, _, _ = predictor.predict_torch(coords, torch.ones_like(coords[..., 0]), multimask_output=False)
+    by_box, _, _ = predictor.predict_torch(None, None, boxes, multimask_output=False)
+    return {"point": by_point, "box": by_box}
+
+
+def gather(lists):
+    """{key: list} of each process -> the lists of all, joined."""
+    if WORLD_SIZE == 1:
+        return lists
+    parts = [None] * WORLD_SIZE
+    dist.all_gather_object(parts, lists)
+    joined = {}
+    for part in parts:
+        for key, values in part.items():
+            joined.setdefault(key, []).extend(values)
+    return joined
 
 
 def report(dataset, error):
-    """Count a bad sample, and print its line once."""
+    """Count a sample that cannot be used, and print its line once."""
     if dataset.skip(error):
         print(f"skipped: {error}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run.
+# The model and a step.
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def place():
-    """The number of this process, torch's "rank", and how many there are, its "world size"."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def build_model(args):
@@ -318,90 +400,80 @@ def build_model(args):
     if args.method == "full":
         sam.requires_grad_(False).image_encoder.requires_grad_(True)
         return sam.to(args.device)
-    options = {}
-    for name in gara.METHODS[args.method].options:
-        if getattr(args, name) is not None:
-            options[name] = getattr(args, name)
+    options = {name: getattr(args, name) for name in gara.METHODS[args.method].options}
     gara.attach(sam, args.method, **options)
     if args.init and not args.resume:
-        try:
-            gara.load_adapter(sam, args.init)
-        except (OSError, ValueError) as error:
-            raise TrainingError(f"--init: {error}") from error
+        begin_with(sam, args.init)
     return sam.to(args.device)
 
 
-def learning_rate(step, args):
+def begin_with(sam, path):
+    """Give the adapter of `sam` the weights of a trained one, for further training (Table a4). TrainingError."""
+    try:
+        trained = gara.read_adapter(path)
+        here = dict(backbone=sam.backbone, image_size=sam.image_encoder.img_size, **sam.adapter)
+        for name, value in here.items():
+            if trained[name] != value:
+                raise ValueError(f"{path} was trained with {name} {trained[name]}, and this run has {value}: they "
+                                 "must agree")
+        gara.load_adapter(sam, path)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"--init: {error}") from error
+
+
+def learning_rate(step, steps, peak, schedule="cosine"):
     """Linear warm-up over the first 5 % of the steps, then half a cosine down to zero, or constant."""
-    warm = max(1, args.steps // 20)
+    warm = max(1, steps // 20)
     if step < warm:
-        return args.lr * (step + 1) / warm
-    if args.schedule == "constant":
-        return args.lr
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, args.steps - warm)))
+        return peak * (step + 1) / warm
+    if schedule == "constant":
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 class Run:
-    """A run's model, optimizer, progress and files."""
+    """A model in training, its optimizer and its progress: what a step changes."""
 
     def __init__(self, args):
-        self.args, self.sam, self.step, self.best = args, build_model(args), 0, -1.0
+        self.args = args
+        self.sam = build_model(args)
+        self.step = 0
+        self.best = -1.0  # validation IoU
         self.bad = self.bad_in_a_row = 0  # steps without a finite gradient
-        self.sums, self.summed = {}, 0  # of what update() returned since the last line of the log
+        self.sums, self.summed = {}, 0  # of the means of the steps since the last line of the log
+        self.init_sha256 = sha256(pathlib.Path(args.init).read_bytes()) if args.init and not args.resume else None
         if args.checkpointing:
             for block in self.sam.image_encoder.blocks:
                 block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
         if args.compile:
             self.sam.image_encoder.compile()
         self.losses = Losses(self.sam, args.pretrain)
-        if args.processes > 1:  # averages the gradients; mask prompts are not trained with --pretrain
+        if WORLD_SIZE > 1:  # averages the gradients; mask prompts are not trained with --pretrain
             self.losses = DistributedDataParallel(self.losses, find_unused_parameters=args.pretrain)
         self.parameters = [p for p in self.sam.parameters() if p.requires_grad]
         adam = torch.optim.AdamW if args.pretrain else torch.optim.Adam
         self.optimizer = adam(self.parameters, lr=args.lr, weight_decay=args.weight_decay,
                               fused=args.device.type == "cuda")
-        self.whole = args.pretrain or args.method == "full"  # then a checkpoint is a SAM, not an adapter
-        self.result = FILES[args.backbone] if args.pretrain else f"{args.method}.pt"
-
-    def path(self, name):
-        """Where a file of this run lies."""
-        return os.path.join(self.args.out, name)
 
     def autocast(self):
         """bfloat16 where `--amp` says so."""
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.amp == "bf16")
 
-    def log(self, **line):
-        """Add a line to log.jsonl."""
-        if self.args.process == 0:
-            with open(self.path("log.jsonl"), "a") as file:
-                file.write(json.dumps(dict(step=self.step, **line)) + "\n")
-
     def update(self, share):
-        """One step of the optimizer, on this process's share of the batch, in `--accumulate` parts.
+        """One step of the optimizer on this process's share of the batch, a list of examples.
 
-        Every example has as many masks as any other, so weights by examples make the gradient the mean over the masks
-        of the whole batch, however it is shared. Adds means over the share to `sums`: loss, and IoU by prompt kind.
-        A step whose gradient is not finite leaves the model as it is and is counted.
+        Adds the share's means to `sums`: loss, and IoU by prompt kind. A step whose gradient is not finite leaves the
+        model as it is and is counted; BAD_STEPS in a row raise TrainingError.
         """
         args = self.args
         self.sam.train()
         # What the gates draw depends on the step alone, not on what came before: a resumed run draws the same.
-        torch.manual_seed(data.seed_of(args.seed, "step", self.step, args.process))
+        torch.manual_seed(data.seed_of(args.seed, "step", self.step, PROCESS_RANK))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, args)
-        self.optimizer.zero_grad(set_to_none=True)
-        parts = [part for k in range(args.accumulate) if (part := share[k::args.accumulate])]
-        means = {}
-        for part in parts:
-            last = part is parts[-1]
-            with self.losses.no_sync() if args.processes > 1 and not last else contextlib.nullcontext():
-                with self.autocast():
-                    loss, ious = self.losses(part)
-                (loss * (len(part) * args.processes / args.batch_size)).backward()
-            for key, value in {"loss": loss.detach(), **ious}.items():
-                means[key] = means.get(key, 0) + value * (len(part) / len(share))
-        clip = args.clip or (1.0 if args.pretrain else math.inf)  # early gradients throw random weights far off
+            group["lr"] = learning_rate(self.step, args.steps, args.lr, args.schedule)
+        self.optimizer.zero_grad()
+        means = self.backward(share)
+        clip = args.clip or (1.0 if args.pretrain else math.inf)  # random weights have wild early gradients
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
         self.step += 1
         if norm.isfinite():
@@ -409,11 +481,33 @@ class Run:
             self.bad_in_a_row = 0
             self.sums = {key: self.sums.get(key, 0) + value for key, value in means.items()}
             self.summed += 1
-            return
-        self.bad, self.bad_in_a_row = self.bad + 1, self.bad_in_a_row + 1
+        else:
+            self.skip(share, means["loss"].item())
+
+    def backward(self, share):
+        """The gradient of a batch share, in `--accumulate` parts; returns means over the share.
+
+        Every example has as many masks as any other, so weights by examples make the gradient the mean over the masks
+        of the whole batch, however it is shared.
+        """
+        means = {}
+        count = min(self.args.accumulate, len(share))
+        for k in range(count):
+            part = share[k::count]
+            self.losses.require_backward_grad_sync = k == count - 1  # processes average their gradients once
+            with self.autocast():
+                loss, ious = self.losses(part)
+            (loss * (len(part) * WORLD_SIZE / self.args.batch_size)).backward()
+            for key, value in {"loss": loss.detach(), **ious}.items():
+                means[key] = means.get(key, 0) + value * (len(part) / len(share))
+        return means
+
+    def skip(self, share, loss):
+        """Count a step without a finite gradient."""
+        self.bad += 1
+        self.bad_in_a_row += 1
         names = ", ".join(example["name"] for example in share)
-        print(f"step {self.step - 1:,} skipped, its gradient is not finite: loss {means['loss'].item():.4g} on {names}",
-              flush=True)
+        print(f"step {self.step - 1:,} skipped, its gradient is not finite: loss {loss:.4g} on {names}", flush=True)
         if self.bad_in_a_row == BAD_STEPS:
             raise TrainingError(f"{BAD_STEPS} steps in a row without a finite gradient, the last on {names}; lower "
                                 "--lr or say --amp off (last.pt, if any, holds the last good state)")
@@ -422,128 +516,185 @@ class Run:
         """Means since the last call, over all processes: {"loss": ..., "point": ..., "box": ...}; {} without steps."""
         keys = sorted(self.sums)
         values = torch.tensor([float(self.sums[key]) for key in keys], device=self.args.device) / max(self.summed, 1)
-        if self.args.processes > 1:
-            dist.all_reduce(values.div_(self.args.processes))
+        if WORLD_SIZE > 1:
+            dist.all_reduce(values.div_(WORLD_SIZE))
         self.sums, self.summed = {}, 0
         return dict(zip(keys, values.tolist()))
 
     def gate_statistics(self):
         """Per layer, over the last batch: share of images in the higher-rank set, mean number of open components."""
-        if self.whole or self.args.method == "lora":
+        layers = gara.adapters(self.sam)
+        if not layers or isinstance(layers[0].gate, gara.OpenGate):
             return {}
-        layers = gara.gates(self.sam)
-        return dict(higher=[round(layer["space"].float().mean().item(), 4) for layer in layers],
-                    active=[round(layer["count"].float().mean().item(), 2) for layer in layers])
+        gates = gara.gates(self.sam)
+        return dict(higher=[round(layer["space"].float().mean().item(), 4) for layer in gates],
+                    active=[round(layer["count"].float().mean().item(), 2) for layer in gates])
 
-    def validate(self, val_set):
-        """Validate, keep the best, write a checkpoint."""
-        args = self.args
-        scores = validate(self.sam, val_set, args.val_images, args.conditions, self.autocast)
-        bad = len(set(args.conditions) - {"clear"})
-        weights = [bad if "degraded" in key else 1 for key in scores]  # all conditions count alike, as in training
-        score = float(np.average(list(scores.values()), weights=weights))
-        if args.process == 0:
-            each = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
-            print(f"step {self.step:,}  validation IoU  {each}", flush=True)
-        if score > self.best:
-            self.best = score
-            self.save(self.result, validation=scores)
-        self.log(validation=scores, best=self.best)
-        self.checkpoint(validation=scores)
 
-    def checkpoint(self, **meta):
-        """Write last.pt, the model and all that going on needs, and draw the curve."""
-        training = dict(step=self.step, best=self.best, bad=self.bad, bad_in_a_row=self.bad_in_a_row, sums=self.sums,
-                        summed=self.summed, optimizer=self.optimizer.state_dict(), batch_size=self.args.batch_size,
-                        seed=self.args.seed, steps=self.args.steps)
-        self.save("last.pt", training=training, **meta)
-        if self.args.process == 0 and os.path.exists(self.path("log.jsonl")):
-            curve(self.path("log.jsonl"), self.path("curve.png"))
+# ---------------------------------------------------------------------------------------------------------------------
+# The files of a run, in args.out: log.jsonl, weights, run.json, curve.png.
+# ---------------------------------------------------------------------------------------------------------------------
 
-    def save(self, name, **meta):
-        """Write the adapter, or the whole SAM's weights: complete, or not at all."""
-        if self.args.process:
+
+class Log:
+    """log.jsonl: a line of JSON for each interval and each validation."""
+
+    def __init__(self, folder):
+        self.path = os.path.join(folder, "log.jsonl")
+
+    def add(self, **line):
+        if PROCESS_RANK == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def lines(self):
+        """What was logged; a line that a crash cut short is left out."""
+        with open(self.path) as file:
+            return [json.loads(line) for line in file if line.endswith("\n")]
+
+    def keep(self, lines):
+        """Begin anew with these lines."""
+        data.save_text("".join(json.dumps(line) + "\n" for line in lines), self.path)
+
+
+PROGRESS = ("step", "best", "bad", "bad_in_a_row", "sums", "summed", "init_sha256")  # of a Run, in last.pt
+SAME = ("batch_size", "seed", "steps")  # settings that a resumed run must share with the one it continues
+
+
+def save(run, name, **meta):
+    """Write the run's adapter, or its whole SAM, with `meta`: whole, or not at all. TrainingError without room for it.
+
+    Without an adapter, finished weights have SAM's own form, and those in last.pt what `resume` needs.
+    """
+    if PROCESS_RANK > 0:
+        return
+    path = os.path.join(run.args.out, name)
+    meta |= dict(step=run.step, settings={key: str(value) for key, value in vars(run.args).items()})
+    try:
+        if gara.adapters(run.sam):
+            gara.save_adapter(run.sam, path, **meta)
             return
-        path = self.path(name)
-        meta |= dict(step=self.step, settings={key: str(value) for key, value in vars(self.args).items()})
-        try:
-            if not self.whole:
-                gara.save_adapter(self.sam, path, **meta)
-                return
-            content = dict(sam=self.sam.state_dict(), **meta)
-            if "training" not in meta:  # finished weights, in SAM's own form
-                content = content["sam"]
-            if self.args.pretrain and "training" not in meta:  # the rounding is far below training noise
-                content = {key: value.half() for key, value in content.items()}
-            torch.save(content, path + ".part")
-            os.replace(path + ".part", path)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            if os.path.exists(path + ".part"):
-                os.remove(path + ".part")
-            free = shutil.disk_usage(self.args.out).free / 1e6
-            raise TrainingError(f"cannot write {path}, {free:,.0f} MB are free there; what was saved before is kept: "
-                                f"make room and --resume ({str(error).splitlines()[0]})") from error
+        content = run.sam.state_dict()
+        if "training" in meta:
+            content = dict(sam=content, **meta)
+        elif run.args.pretrain:  # the rounding is far below training noise
+            content = {key: value.half() for key, value in content.items()}
+        torch.save(content, path + ".part")
+        os.replace(path + ".part", path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        if os.path.exists(path + ".part"):
+            os.remove(path + ".part")
+        free = shutil.disk_usage(run.args.out).free / 1e6
+        raise TrainingError(f"cannot write {path}, {free:,.0f} MB are free there; what was saved before is kept: "
+                            f"make room and --resume ({str(error).splitlines()[0]})") from error
 
-    def resume(self):
-        """Go back to the state in last.pt."""
-        path, args = self.path("last.pt"), self.args
-        if not os.path.isfile(path):
-            raise TrainingError(f"--resume: there is no {path}; start without --resume, or name the run with --out")
-        try:
-            if self.whole:
-                content = torch.load(path, map_location="cpu", weights_only=True)
-                self.sam.load_state_dict(content["sam"])
-            else:
-                content = gara.load_adapter(self.sam, path)
-            training = content["training"]
-            for name in ("batch_size", "seed", "steps"):
-                if training[name] != getattr(args, name):
-                    raise TrainingError(f"--resume: {path} is of a run with --{name.replace('_', '-')} "
-                                        f"{training[name]}, not {getattr(args, name)}")
-            self.optimizer.load_state_dict(training["optimizer"])
-            self.step, self.best = training["step"], training["best"]
-            self.bad, self.bad_in_a_row = training["bad"], training["bad_in_a_row"]
-            self.sums = {key: value.to(args.device) for key, value in training["sums"].items()}
-            self.summed = training["summed"]
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
-            raise TrainingError(f"--resume: {path} is damaged or not of such a run; start another --out") from error
-        if args.process == 0:  # what was logged after last.pt was written happens again
-            lines = [json.dumps(line) + "\n" for line in read_log(self.path("log.jsonl")) if line["step"] <= self.step]
-            data.save_text("".join(lines), self.path("log.jsonl"))
-            curve(self.path("log.jsonl"), self.path("curve.png"))
-            for name in os.listdir(args.out):  # what a kill in the middle of writing left
-                if name.endswith(".part"):
-                    os.remove(self.path(name))
 
-    def describe(self, datasets):
-        """Write run.json: every setting, versions, the data, the code's commit, parameter counts."""
-        def git(*arguments):
-            try:
-                here = os.path.dirname(os.path.abspath(__file__))
-                return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True).stdout.strip()
-            except OSError:  # no git here
-                return ""
-        content = dict(
-            settings={key: value if isinstance(value, (int, float, bool, list, type(None))) else str(value)
-                      for key, value in vars(self.args).items()},
-            versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-            machine=f"{platform.machine()}, {os.cpu_count()} cores, "
-                    + (torch.cuda.get_device_name() if self.args.device.type == "cuda" else "no GPU in use"),
-            data=[dict(root=d.root, split=d.split, kind=d.kind, images=len(d), masks=d.masks, skipped=len(d.skipped),
-                       fingerprint=hashlib.sha256("\n".join(s.name for s in d).encode()).hexdigest()[:16])
-                  for d in datasets],
-            commit=git("rev-parse", "HEAD") or None, uncommitted_changes=bool(git("status", "--porcelain")),
-            learnable_parameters=sum(p.numel() for p in self.parameters),
-            all_parameters=sum(p.numel() for p in self.sam.parameters()))
-        data.save_text(json.dumps(content, indent=1), self.path("run.json"))
+def checkpoint(run, **meta):
+    """Write last.pt, the model and all that going on needs, and draw the curve."""
+    training = {name: getattr(run, name) for name in PROGRESS}
+    training |= {name: getattr(run.args, name) for name in SAME}
+    save(run, "last.pt", training=training | dict(optimizer=run.optimizer.state_dict()), **meta)
+    if PROCESS_RANK == 0:
+        curve(Log(run.args.out).lines(), os.path.join(run.args.out, "curve.png"))
+
+
+def resume(run):
+    """Bring a new run to the state in last.pt. TrainingError if there is none, or one of another run."""
+    path = os.path.join(run.args.out, "last.pt")
+    if not os.path.isfile(path):
+        raise TrainingError(f"--resume: there is no {path}; start without --resume, or name the run with --out")
+    try:
+        if gara.adapters(run.sam):
+            content = gara.load_adapter(run.sam, path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            run.sam.load_state_dict(content["sam"])
+        training = content["training"]
+        for name in SAME:
+            here = getattr(run.args, name)
+            if training[name] != here:
+                raise TrainingError(f"--resume: {path} is of a run with {flag(name)} {training[name]}, not {here}")
+        run.optimizer.load_state_dict(training["optimizer"])
+        for name in PROGRESS:
+            setattr(run, name, training[name])
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise TrainingError(f"--resume: {path} is damaged or not of such a run; start another --out") from error
+
+
+def describe(run, datasets):
+    """Write run.json: every setting, versions, the data, the code's commit, parameter counts."""
+    sets = []
+    for dataset in datasets:
+        names = "\n".join(sample.name for sample in dataset)
+        sets.append(dict(root=dataset.root, split=dataset.split, kind=dataset.kind, images=len(dataset),
+                         masks=dataset.masks, fingerprint=sha256(names.encode())[:16]))
+    gpu = torch.cuda.get_device_name() if run.args.device.type == "cuda" else "no GPU in use"
+    content = dict(
+        settings=vars(run.args),
+        init_sha256=run.init_sha256,
+        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+        machine=f"{platform.machine()}, {os.cpu_count()} cores, {gpu}",
+        world_size=WORLD_SIZE,
+        data=sets,
+        commit=commit(),
+        learnable_parameters=sum(p.numel() for p in run.parameters))
+    data.save_text(json.dumps(content, indent=1, default=str), os.path.join(run.args.out, "run.json"))
+
+
+def commit():
+    """The git commit of this code, marked where it was changed since; empty where there is no git."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def curve(lines, path):
+    """Draw the log's lines as a PNG: loss, IoU in training and validation, and what the gates of each layer do."""
+    styles = {"loss": Style(COLOURS[0])}
+    for prompt, colour in (("point", COLOURS[2]), ("box", RED)):
+        styles[prompt] = Style(colour, width=3)
+        styles[f"{prompt} degraded"] = Style(colour, "circle")
+        styles[f"{prompt} clear"] = Style(colour, "square")
+    series, higher, active = {"loss": []}, {}, {}  # {name: [(step, value), ...]}
+    for line in lines:
+        values = line | line.get("validation", {})
+        for name in styles.keys() & values.keys():
+            series.setdefault(name, []).append((line["step"], values[name]))
+        for k, share in enumerate(line.get("higher", ())):
+            higher.setdefault(f"layer {k}", []).append((line["step"], share))
+            active.setdefault(f"layer {k}", []).append((line["step"], line["active"][k]))
+    styles = {name: style for name, style in styles.items() if name in series}
+    styles |= {name: Style(shade, width=3) for name, shade in zip(higher, shades(len(higher)))}
+
+    shares = [share for points in higher.values() for _, share in points]
+    xticks = ticks(0, max([1] + [line["step"] for line in lines]))
+    panels = [Axes("training loss", {"loss": series.pop("loss")}, "step", xticks),
+              Axes("IoU: training (lines), validation (marks)", series, "step", xticks)]
+    if higher:
+        panels += [Axes("share of images in the higher-rank set", higher, "step", xticks, ticks(0, max(1, *shares))),
+                   Axes("open components, mean over images", active, "step", xticks)]
+    draw_figure(path, "Training", os.path.dirname(path), panels, styles, height=640)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop.
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Interrupt:
     """Ctrl-C and SIGTERM (a cluster's notice) end the run after the step at hand; a second Ctrl-C ends it at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.signal = 0
         self.before = {number: signal.signal(number, self.notice) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def notice(self, number, frame):
         if self.signal == signal.SIGINT == number:
@@ -552,292 +703,276 @@ class Interrupt:
 
     def anywhere(self, device):
         """The signal, if any process of the run got one: all must stop after the same step."""
-        if dist.is_initialized():
+        if WORLD_SIZE > 1:
             flag = torch.tensor(self.signal, device=device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-            return int(flag)
+            self.signal = int(flag)
         return self.signal
 
-    def close(self):
+    def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
 def train(args):
     """The whole run. Returns the exit code: 0, or 128 + the number of the signal that ended it early."""
-    sets = {split: data.load_datasets(args.data, split, args.strict) for split in ("train", "val")}
-    if args.prompts:
-        data.pin_prompts(sets["train"] + sets["val"], args.prompts)
+    train_sets, val_sets = (data.load_datasets(args.data, split, args.strict, args.prompts or ())
+                            for split in ("train", "val"))
     if args.limit:
-        for dataset in sets["train"]:
+        for dataset in train_sets:
             dataset.samples = data.spread(dataset, args.limit)
-    everything = sets["train"] + sets["val"]
-    train_set, val_set = (data.Union(parts) if len(parts) > 1 else parts[0] for parts in sets.values())
+    train_set, val_set = (data.Union(sets) if len(sets) > 1 else sets[0] for sets in (train_sets, val_sets))
     if args.epochs:
         args.steps = max(1, round(args.epochs * len(train_set) / args.batch_size))
     args.val_every = args.val_every or max(1, args.steps // 10)
     run = Run(args)
-    if args.process == 0:
-        count = sum(p.numel() for p in run.parameters)
-        for dataset in everything:
-            print(dataset.summary())
-        print(f"{args.backbone}, {'pretrain' if args.pretrain else args.method}: {count:,} learnable parameters; "
-              f"{args.steps:,} steps of {args.batch_size} images; {args.processes} x {args.device}, amp {args.amp}, "
-              f"seed {args.seed}", flush=True)
-        os.makedirs(args.out, exist_ok=True)
+    for dataset in train_sets + val_sets:
+        say(dataset.summary())
+    count = sum(p.numel() for p in run.parameters)
+    say(f"{args.backbone}, {'pretrain' if args.pretrain else args.method}: {count:,} learnable parameters; "
+        f"{args.steps:,} steps of {args.batch_size} images; {WORLD_SIZE} x {args.device}, amp {args.amp}, "
+        f"seed {args.seed}")
+
     if args.resume:
-        run.resume()
-    elif args.process == 0 and os.path.exists(run.path("log.jsonl")):
-        os.remove(run.path("log.jsonl"))  # of a run that ended before it had a checkpoint
-    if args.process == 0:
-        run.describe(everything)
-    interrupt = Interrupt()
-    try:
-        if not (args.resume or args.pretrain):
-            run.validate(val_set)  # the frozen SAM: what the adapter has to beat
-        steps(run, train_set, val_set, interrupt)
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            run.checkpoint()
-            raise TrainingError("a process that loads data died, perhaps for lack of memory; lower --workers, then "
-                                f"--resume goes on from step {run.step:,}") from error
-        if isinstance(error, torch.OutOfMemoryError):
-            raise TrainingError("out of memory: raise --accumulate, add --checkpointing, lower --batch-size") from error
-        raise
-    finally:
-        interrupt.close()
-    if args.process == 0:
-        if run.step < args.steps:
-            print(f"stopped by signal {interrupt.signal} after step {run.step:,}; --resume goes on from there",
-                  file=sys.stderr)
-        else:
-            print(f"best: validation IoU {run.best:.4f}, {run.path(run.result)}; {train_set.summary()}")
-    return 0 if run.step == args.steps else 128 + (interrupt.signal or signal.SIGTERM)
+        resume(run)
+    if PROCESS_RANK == 0:
+        os.makedirs(args.out, exist_ok=True)
+        log = Log(args.out)
+        log.keep([line for line in log.lines() if line["step"] <= run.step] if args.resume else [])
+        describe(run, train_sets + val_sets)
+    with Interrupt() as interrupt:
+        try:
+            if not (args.resume or args.pretrain):
+                keep_the_best(run, val_set)  # step 0, which training has to beat
+            steps(run, train_set, val_set, interrupt)
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                checkpoint(run)
+                raise TrainingError("a process that loads data died, perhaps for lack of memory; lower --workers, then "
+                                    f"--resume goes on from step {run.step:,}") from error
+            if isinstance(error, torch.OutOfMemoryError):
+                raise TrainingError("out of memory: raise --accumulate, add --checkpointing, lower --batch-size"
+                                    ) from error
+            raise
+    if run.step == args.steps:
+        say(f"best: validation IoU {run.best:.4f}, {os.path.join(args.out, best_name(args))}; {train_set.summary()}")
+        return 0
+    if PROCESS_RANK == 0:
+        print(f"stopped by signal {interrupt.signal} after step {run.step:,}; --resume goes on from there",
+              file=sys.stderr)
+    return 128 + interrupt.signal
 
 
 def steps(run, train_set, val_set, interrupt):
-    """Train from run.step to the end, or until interrupted."""
+    """Train from run.step to the last step, or until interrupted."""
     args = run.args
     examples = examples_of(train_set, args, args.steps)
-    first, started, count = run.step, time.monotonic(), 0
-    interval, waited, asked, written = started, 0.0, started, started
-    for share in batches(examples, run.step, args):
-        waited += time.monotonic() - asked
+    first, images, waited, worked = run.step, 0, 0.0, 0.0
+    started = asked = saved = time.monotonic()
+    for share in batches(examples, first, args.batch_size, args.workers):
+        got = time.monotonic()
         for example in share:
             if isinstance(example, TrainingError):
-                run.checkpoint()
+                checkpoint(run)
                 raise example
-            for error in example["bad"]:
+            for error in example["errors"]:
                 report(train_set, error)
         run.update(share)
-        count += 1
-        if run.step % args.log_every == 0 or run.step == args.steps:
-            now = time.monotonic()
-            means = run.means()
-            speed, waiting = count * args.batch_size / (now - interval), waited / (now - interval)
-            left = round((args.steps - run.step) * (now - started) / (run.step - first))
-            run.log(**means, lr=learning_rate(run.step - 1, args), images_per_second=speed, waiting=waiting,
-                    skipped_steps=run.bad, **run.gate_statistics())
-            ious = " ".join(f"{key} {value:.3f}" for key, value in means.items() if key != "loss")
-            if args.process == 0:
-                print(f"step {run.step:,}/{args.steps:,}  loss {means.get('loss', math.nan):.4f}  IoU {ious}  "
-                      f"{speed:.1f} images/s  {waiting:.0%} waiting for data  "
-                      f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", flush=True)
-            count = 0
+        done = time.monotonic()
+        images += args.batch_size
+        waited += got - asked
+        worked += done - got
+        last = run.step == args.steps
+        if last or run.step % args.log_every == 0:
+            left = (args.steps - run.step) * (done - started) / (run.step - first)
+            log_interval(run, images / (waited + worked), waited / (waited + worked), round(left))
+            images, waited, worked = 0, 0.0, 0.0
+
         stop = interrupt.anywhere(args.device)
-        if run.step % args.val_every == 0 or run.step == args.steps:  # even on a stop: it would not be made up for
-            run.validate(val_set)
-            written = time.monotonic()
-        elif stop or time.monotonic() - written > 60 * args.save_minutes:
-            run.checkpoint()
-            written = time.monotonic()
+        if last or run.step % args.val_every == 0:  # even on a stop: it would not be made up for
+            keep_the_best(run, val_set)
+            saved = time.monotonic()
+        elif stop or time.monotonic() - saved > 60 * args.save_minutes:
+            checkpoint(run)
+            saved = time.monotonic()
         if args.keep_every and run.step % args.keep_every == 0:
-            run.save(f"step_{run.step}.pt")
+            save(run, f"step_{run.step}.pt")
         if stop:
-            interrupt.signal = stop
             return
         asked = time.monotonic()
-        if not count:
-            interval, waited = asked, 0.0
+
+
+def log_interval(run, speed, waiting, left):
+    """The means since the last line; images a second, the share of time spent waiting for data, the seconds left."""
+    means, gates = run.means(), run.gate_statistics()
+    loss = means.get("loss", math.nan)
+    ious = " ".join(f"{key} {value:.3f}" for key, value in means.items() if key != "loss")
+    Log(run.args.out).add(step=run.step, **means, lr=run.optimizer.param_groups[0]["lr"], images_per_second=speed,
+                          waiting=waiting, skipped_steps=run.bad, **gates)
+    say(f"step {run.step:,}/{run.args.steps:,}  loss {loss:.4f}  IoU {ious}  {speed:.1f} images/s  "
+        f"{waiting:.0%} waiting for data  {datetime.timedelta(seconds=left)} left")
+
+
+def best_name(args):
+    """The file of the best weights: an adapter, or a SAM."""
+    return FILES[args.backbone] if args.pretrain else f"{args.method}.pt"
+
+
+def keep_the_best(run, val_set):
+    """Validate, keep the best weights, write a checkpoint."""
+    args = run.args
+    ious = validate(run.sam, val_set, args.val_images, args.conditions, run.autocast)
+    say(f"step {run.step:,}  validation IoU  " + "  ".join(f"{key} {iou:.4f}" for key, iou in ious.items()))
+    degraded = len(all_but_clear(args.conditions))
+    weights = [degraded if "degraded" in key else 1 for key in ious]  # all conditions count alike, as in training
+    score = float(np.average(list(ious.values()), weights=weights))
+    if score > run.best:
+        run.best = score
+        save(run, best_name(args), validation=ious)
+    Log(args.out).add(step=run.step, validation=ious, best=run.best)
+    checkpoint(run, validation=ious)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The curve, and the command line.
+# The command line.
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#aa4499"  # told apart by colour-blind readers
-COLOURS = {"loss": BLUE, "point": BLUE, "box": ORANGE, "point degraded": BLUE, "box degraded": ORANGE,
-           "point clear": GREEN, "box clear": PURPLE}
-
-
-def read_log(path):
-    """The lines of log.jsonl; one that a crash cut short is left out."""
-    lines = []
-    with open(path) as file:
-        for line in file:
-            if line.endswith("\n"):
-                lines.append(json.loads(line))
-    return lines
-
-
-def curve(log, path):
-    """Draw log.jsonl as a PNG: loss; IoU in training (thin) and validation (dots); what the gates of each layer do."""
-    lines = read_log(log)
-    loss = {"loss": [(x["step"], x["loss"]) for x in lines if "loss" in x]}
-    iou = {key: [(x["step"], x[key]) for x in lines if key in x] for key in ("point", "box")}
-    dots = {}
-    for x in lines:
-        for key, value in x.get("validation", {}).items():
-            dots.setdefault(key, []).append((x["step"], value))
-    gated = [x for x in lines if "active" in x]
-    page = Image.new("RGB", (1400, 1060 if gated else 520), "white")
-    pen = ImageDraw.Draw(page)
-    plot(pen, (80, 60, 660, 440), "training loss", loss, {}, COLOURS)
-    plot(pen, (780, 60, 1360, 440), "IoU (lines: training, dots: validation)", iou, dots, COLOURS)
-    for key, title, x in (("higher", "share of images in the higher-rank set", 80),
-                          ("active", "open components, mean over images", 780)) if gated else ():
-        depth = len(gated[0][key])
-        layers = {f"layer {k}": [(line["step"], line[key][k]) for line in gated] for k in range(depth)}
-        shades = {f"layer {k}": shade(k / max(1, depth - 1)) for k in range(depth)}
-        plot(pen, (x, 600, x + 580, 980), title, layers, {}, shades)
-    data.save_png(page, path)
-
-
-def shade(x):
-    """A colour from pale blue (first layer) to black (last), x in 0..1."""
-    return tuple(round((1 - x) * a) for a in (120, 190, 255))
-
-
-def plot(pen, frame, title, lines, marks, colours):
-    """One set of axes within frame (x0, y0, x1, y1): {name: [(x, y)]} as lines, and as joined dots; legend below."""
-    font = ImageFont.load_default(18)
-    xs, ys = zip(*[xy for series in (*lines.values(), *marks.values()) for xy in series] or [(0, 0)])
-    low, high = min(ys), max(ys)
-    low, high, last = low - 0.05 * (high - low + 1e-6), high + 0.05 * (high - low + 1e-6), max(*xs, 1)
-    x0, y0, x1, y1 = frame
-
-    def at(x, y):
-        return x0 + (x1 - x0) * x / last, y1 - (y1 - y0) * (y - low) / (high - low)
-
-    pen.text((x0, y0 - 36), title, "black", ImageFont.load_default(22))
-    for tick in range(5):
-        y = low + (high - low) * tick / 4
-        pen.line([at(0, y), at(last, y)], "#dddddd")
-        pen.text((x0 - 8, at(0, y)[1]), f"{y:.3g}", "black", font, anchor="rm")
-        pen.text((at(last * tick / 4, low)[0], y1 + 8), f"{last * tick / 4:,.0f}", "black", font, anchor="ma")
-    for name, series in lines.items():
-        pen.line([at(*xy) for xy in series], colours[name], 2)
-    for name, series in marks.items():
-        pen.line([at(*xy) for xy in series], colours[name], 3)
-        for x, y in (at(*xy) for xy in series):
-            pen.ellipse((x - 5, y - 5, x + 5, y + 5), colours[name])
-    x = x0
-    names = list(marks or lines)
-    for name in names if len(names) <= 6 else (names[0], names[len(names) // 2], names[-1]):
-        pen.rectangle((x, y1 + 50, x + 16, y1 + 58), colours[name])
-        pen.text((x + 22, y1 + 44), name, "black", font)
-        x += 40 + pen.textlength(name, font)
 
 
 def parse(argv):
     """The command line, checked, with every default filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
-    add = parser.add_argument
+    add_data_and_model(parser.add_argument)
+    length = parser.add_mutually_exclusive_group().add_argument
+    length("--steps", type=int, help="default 450 for vit_t, else 40000")
+    length("--epochs", type=float)
+    add_training(parser.add_argument)
+    args = parser.parse_args(argv)
+    fill_in(args)
+    check(args, parser.error)
+    choose_device(args, parser.error)
+    return args
+
+
+def add_data_and_model(add):
+    """What is trained, and on what. `add` is a parser's add_argument."""
     add("--data", required=True, nargs="+", metavar="ROOT",
         help="dataset folders of any kind that data.py reads, with splits train and val; demo/ is made if it is not "
              "there; KIND=ROOT where the kind is not plain to see")
     add("--prompts", nargs="+", metavar="JSON", help="use exactly these prompts (data.py ROOT --export-prompts JSON), "
         "in training and validation, instead of drawing new ones for every step")
     add("--strict", action="store_true", help="a bad or missing file is an error; else it is skipped and counted")
+    add("--conditions", nargs="+", metavar="NAME", help="what images are trained and validated in (default: clear "
+        "and the 15 corruptions); also night and underwater, and strengths as fog@2")
+    add("--clear", type=float, metavar="P", help="chance of a clear image (default: as of any other condition)")
+    add("--no-corrupt", action="store_true", help="use the images as they are: --conditions clear")
+    add("--limit", type=int, help="only this many images of each training set, evenly spaced: for a try")
+    add("--workers", type=int, help="processes that prepare examples (default: half the cores, at most 8)")
     add("--backbone", choices=BACKBONES, default="vit_t", help="vit_t (default) comes with the project")
     add("--checkpoint", help="SAM weights; default: assets/, checkpoints/, the torch hub cache, else downloaded")
-    add("--method", choices=(*gara.METHODS, "full"), default="gara", help="full: no adapter, the whole encoder learns")
-    add("--rank-low", type=int, help="gara, gara_space, gara_random: components of the lower-rank space (default 16; "
-        "vit_t 4)")
-    add("--rank-high", type=int, help="the same: components of the higher-rank space (default 256; vit_t 48)")
-    add("--rank", type=int, help="lora, gara_flat: components (default 16; vit_t 4)")
-    add("--experts", type=lambda text: tuple(map(int, text.split(","))), help="moe_lora: ranks, as 2,16,128,256")
-    add("--temperature", type=float, default=0.5, help="of the Gumbel-sigmoid")
-    add("--scope", choices=gara.SCOPES, default="image", help="what the gates decide for: each image (default), or in "
-        "layers that attend within windows each window")
-    add("--init", metavar="ADAPTER", help="begin with this trained adapter's weights: for further training on other data")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="default 450 for vit_t, else 40000")
-    length.add_argument("--epochs", type=float)
-    add("--batch-size", type=int, help="pictures (default 16 for vit_t, else 8)")
-    add("--accumulate", type=int, default=1, metavar="N", help="parts that a process does its share of the batch in")
-    add("--masks-per-image", type=int, help="objects of a picture, sharing its encoding (default 2 for vit_t, else 4)")
-    add("--lr", type=float, help="peak learning rate (default 1e-3 for vit_t, 1e-4 for vit_b, 1e-5 for vit_l and vit_h)")
-    add("--schedule", choices=("cosine", "constant"), default="cosine", help="after a warm-up of 5 %% of the steps")
-    add("--weight-decay", type=float, default=1e-5)
-    add("--clip", type=float, help="largest norm of the gradient (default: none; 1 with --pretrain)")
-    add("--conditions", nargs="+", metavar="NAME", help="what pictures are trained and validated in (default: clear "
-        "and the 15 corruptions); also night and underwater, and strengths as fog@2")
-    add("--clear", type=float, metavar="P", help="chance of a clear picture (default: as of any other condition)")
-    add("--seed", type=int, default=0)
-    add("--no-corrupt", action="store_true", help="use the pictures as they are: --conditions clear")
-    add("--pretrain", action="store_true", help="train the whole model on clear pictures, from scratch or --checkpoint")
-    add("--limit", type=int, help="only this many pictures of each training set, spread over it: for a try")
+    add("--method", choices=(*gara.METHODS, "full"), default="gara", help="full: no adapter, the whole encoder learns; "
+        "the ranks below are smaller for vit_t")
+    add("--init", metavar="ADAPTER", help="begin with a trained adapter's weights: for further training on other data")
+    add("--pretrain", action="store_true", help="train the whole model on clear images, from scratch or --checkpoint")
     add("--image-size", type=int, metavar="PIXELS", help="side of the square that the model sees (default 1024; vit_t "
         "128): a smaller one makes a quick try, its positions interpolated")
+    methods = {}
+    for method, (_, _, options) in gara.METHODS.items():
+        for name in options:
+            methods.setdefault(name, []).append(method)
+    for name, having in methods.items():
+        default = gara.METHODS[having[0]].options[name]
+        add(flag(name), type=ranks if isinstance(default, tuple) else type(default),
+            choices=gara.SCOPES if name == "scope" else None,
+            help=f"of {', '.join(having)} (default {default})")
+
+
+def add_training(add):
+    """How it is trained, and what is kept."""
+    add("--batch-size", type=int, help="images, of all processes together (default 16 for vit_t, else 8)")
+    add("--accumulate", type=int, default=1, metavar="N", help="parts that a process does its batch share in")
+    add("--masks-per-image", type=int, help="objects of an image, sharing its encoding (default 2 for vit_t, else 4)")
+    add("--lr", type=float, help="peak learning rate (default 1e-3 vit_t, 1e-4 vit_b, 1e-5 vit_l and vit_h)")
+    add("--schedule", choices=("cosine", "constant"), default="cosine", help="after a warm-up of 5 %% of the steps")
+    add("--weight-decay", type=float, help="default 1e-5")
+    add("--clip", type=float, help="largest norm of the gradient (default: none; 1 with --pretrain)")
+    add("--seed", type=int, default=0)
     add("--checkpointing", action="store_true", help="compute each block twice to save its memory")
     add("--compile", action="store_true", help="torch.compile the encoder")
-    add("--out", help="folder of the run (default runs/BACKBONE_METHOD)")
-    add("--resume", action="store_true", help="go on with the run in --out")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     add("--amp", choices=("auto", "off", "bf16"), default="auto", help="auto: bf16 where the CPU or GPU computes in it")
-    add("--workers", type=int, help="loader processes (default: half the cores, at most 8)")
-    add("--log-every", type=int, default=20, help="steps")
+    add("--out", help="folder of the run (default runs/BACKBONE_METHOD)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--log-every", type=int, default=20, help="steps (default 20)")
     add("--save-minutes", type=float, default=10, help="write last.pt at least this often (default 10)")
     add("--keep-every", type=int, metavar="STEPS", help="also keep the adapter of every so many steps")
     add("--val-every", type=int, help="steps (default: a tenth of the run)")
-    add("--val-images", type=int, default=64, help="pictures of the validation split used, at most")
-    args = parser.parse_args(argv)
-    for name in ("steps", "epochs", "batch_size", "accumulate", "masks_per_image", "lr", "clip", "temperature", "limit",
-                 "log_every", "save_minutes", "keep_every", "val_every", "val_images"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
-    for name, value in DEFAULTS[args.backbone].items():
+    add("--val-images", type=int, default=64, help="images of the validation split used, at most (default 64)")
+
+
+def flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def ranks(text):
+    """"2,16" -> (2, 16)."""
+    return tuple(int(rank) for rank in text.split(","))
+
+
+def fill_in(args):
+    """The defaults that depend on other settings."""
+    defaults = dict(DEFAULTS[args.backbone])
+    if args.method in gara.METHODS:
+        defaults |= gara.default_options(args.method, args.backbone)
+    defaults["workers"] = min(8, (os.cpu_count() or 2) // 2)
+    defaults["conditions"] = ["clear"] if args.no_corrupt or args.pretrain else list(data.CONDITIONS)
+    defaults["out"] = os.path.join("runs", f"{args.backbone}_{'pretrain' if args.pretrain else args.method}")
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.pretrain and args.prompts:
-        parser.error("--pretrain varies its pictures, so it cannot use --prompts")
-    if args.image_size and (args.pretrain or args.method == "full"):
-        parser.error("--image-size is for adapters: whole models are trained at their own size")
-    if args.pretrain and args.batch_size * args.masks_per_image < 2:
-        parser.error("--pretrain needs two objects a step: raise --batch-size or --masks-per-image")
-    args.workers = min(8, (os.cpu_count() or 2) // 2) if args.workers is None else args.workers
+
+
+def check(args, error):
+    """Refuse what makes no sense, in one line."""
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and name not in ("seed", "workers", "clear", "weight_decay") and not value > 0:
+            error(f"{flag(name)} must be above 0")
     if args.workers < 0:
-        parser.error("--workers must be 0 or more")
-    args.out = args.out or os.path.join("runs", f"{args.backbone}_{'pretrain' if args.pretrain else args.method}")
-    args.process, args.processes = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if args.batch_size < args.processes:  # torchrun has set these two
-        parser.error(f"--batch-size {args.batch_size} is too small for {args.processes} processes, who share a batch")
+        error("--workers must be 0 or more")
     if args.clear is not None and not 0 <= args.clear <= 1:
-        parser.error("--clear is a chance, from 0 to 1")
-    if args.init and (args.pretrain or args.method == "full"):
-        parser.error("--init is for adapters: whole models begin with --checkpoint")
-    if args.conditions and (args.no_corrupt or args.pretrain):
-        parser.error("--conditions: --no-corrupt and --pretrain use the pictures as they are")
-    args.conditions = args.conditions or (["clear"] if args.no_corrupt or args.pretrain else list(data.CONDITIONS))
+        error("--clear is a chance, from 0 to 1")
+    if args.batch_size < WORLD_SIZE:
+        error(f"--batch-size {args.batch_size} is too small for {WORLD_SIZE} processes, who share a batch")
+    if args.pretrain and args.prompts:
+        error("--pretrain varies its images, so it cannot use --prompts")
+    if args.pretrain and args.batch_size * args.masks_per_image < 2:
+        error("--pretrain needs two objects a step: raise --batch-size or --masks-per-image")
+    whole = args.pretrain or args.method == "full"
+    if whole and args.image_size:
+        error("--image-size is for adapters: whole models are trained at their own size")
+    if whole and args.init:
+        error("--init is for adapters: whole models begin with --checkpoint")
+    if (args.no_corrupt or args.pretrain) and args.conditions != ["clear"]:
+        error("--conditions: --no-corrupt and --pretrain use the images as they are")
     for condition in args.conditions:
         try:
             data.name_and_strength(condition)
-        except data.DatasetError as error:
-            parser.error(f"--conditions: {error}")
+        except data.DatasetError as reason:
+            error(f"--conditions: {reason}")
+
+
+def choose_device(args, error):
+    """The device, a GPU for each process, and whether it computes in bfloat16."""
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        gpu = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if args.processes > 1 else "cuda"
         args.device = torch.device(args.device or (gpu if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device: {str(error).splitlines()[0]}")
+    except (RuntimeError, AssertionError) as reason:
+        error(f"--device: {str(reason).splitlines()[0]}")
     if args.amp == "auto":
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
-        cpu = args.device.type == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
-        args.amp = "bf16" if args.device.type == "cuda" or cpu else "off"
-    return args
+        on_cpu = args.device.type == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+        args.amp = "bf16" if args.device.type == "cuda" or on_cpu else "off"
 
 
 def main(argv=None):
@@ -846,10 +981,10 @@ def main(argv=None):
     try:
         if not args.resume and os.path.exists(os.path.join(args.out, "last.pt")):
             raise TrainingError(f"{args.out} holds a run already: --resume goes on with it, --out NAME starts another")
-        if args.process == 0:
+        if PROCESS_RANK == 0:
             for root in args.data:
                 data.make_missing_demo(root)
-        if args.processes > 1:
+        if WORLD_SIZE > 1:
             if args.device.type == "cuda":
                 torch.cuda.set_device(args.device)
             dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
