@@ -190,8 +190,8 @@ def _opened(path, annotated):
                 turn = None
             size = (width, height) if turn is not None and orientation > 4 else (height, width)
             if annotated and tuple(annotated) != size:
-                raise SampleError(f"{path}: is {size[1]} x {size[0]} pixels (width x height), but its annotation is for "
-                                  f"{annotated[1]} x {annotated[0]}")
+                raise SampleError(f"{path}: is {size[1]} x {size[0]} pixels (width x height), but its annotation is "
+                                  f"for {annotated[1]} x {annotated[0]}")
             yield file, turn, size
     except DAMAGED as error:
         raise SampleError(f"{path}: cannot read this image ({_why(error)})") from None
@@ -451,7 +451,7 @@ class Sample:
     ready: frozenset = frozenset()  # the corruptions whose folder is there
     pinned: dict = None  # its entry in a prompts file, if one is used
     left_out: Counter = field(default_factory=Counter)  # the regions that masks() left out, by reason
-    _kept: tuple = None  # (index, label) of each plane of masks()
+    _kept: tuple = None  # indices and labels of the planes of masks()
 
     def image(self, condition="clear", seed=None):
         """uint8 HxWx3. A degraded image is read from its folder if it is there, else made from `seed`.
@@ -494,7 +494,7 @@ class Sample:
             raise SampleError(f"{self.source}: cannot read the masks of {self.name} ({_why(error)})") from None
         if not planes:
             raise SampleError(f"{self.source}: {self.name} has no mask to use ({_account(self.left_out) or 'none'})")
-        self._kept = tuple(kept)
+        self._kept = tuple(zip(*kept))
         return np.stack(planes)
 
     @property
@@ -505,14 +505,14 @@ class Sample:
         """
         if self._kept is None:
             self.masks()
-        return tuple(index for index, _ in self._kept)
+        return self._kept[0]
 
     @property
     def labels(self):
         """The class name of each plane of masks(); None where the set has no classes."""
         if self._kept is None:
             self.masks()
-        return tuple(label for _, label in self._kept)
+        return self._kept[1]
 
     def prompts(self, masks=None, seed=0):
         """The prompts of all masks: float32 Nx3x2 points, float32 Nx4 boxes. Pass masks() if already read.
@@ -886,12 +886,10 @@ def acdc(root):
         images = _frames(shots, f"_rgb{reference}_anon.png", split)
         panoptic = _find(root, f"gt_panoptic/{name}_panoptic.json")
         if panoptic:
-            segments = {}
             content = _load_json(panoptic)
             with _reading(panoptic, "a panoptic file"):
-                for row in content["annotations"]:
-                    stem = basename(row["file_name"]).split("_gt")[0]
-                    segments[stem] = row["segments_info"]
+                segments = {basename(row["file_name"]).split("_gt")[0]: row["segments_info"]
+                            for row in content["annotations"]}
             maps = _frames(dirname(panoptic), f"_gt{reference}_panoptic.png")
             found = _paired(_only(images, segments), _only(maps, segments), None)
             for sample in found.samples:
@@ -1393,7 +1391,7 @@ def write_corruptions(dataset):
 
 
 # ---------------------------------------------------------------- the demo's painter (may be skipped)
-# From here to the command line: how a scene of the synthetic dataset is drawn. Nothing else depends on it.
+# From here to the command line: how a scene of the synthetic dataset is drawn. No other part of this file needs it.
 # Shapes are lists of (outline, value): polygons in the unit disc, drawn in turn with value 1 (add) or 0 (cut out) at
 # four times the resolution. So unions, holes and exact edges need no geometry.
 
@@ -1750,8 +1748,8 @@ def describe(dataset, most=200):
     h0, w0 = np.min(sizes, 0)
     h1, w1 = np.max(sizes, 0)
     left = f"; left out: {_account(left_out)}" if left_out else ""
-    print(f"  {len(good):,} of them read: height {h0} to {h1}, width {w0} to {w1}; {np.mean(counts):.1f} masks an image "
-          f"({min(counts)} to {max(counts)}){left}")
+    print(f"  {len(good):,} of them read: height {h0} to {h1}, width {w0} to {w1}; {np.mean(counts):.1f} masks an "
+          f"image ({min(counts)} to {max(counts)}){left}")
     tiny, small, medium, large = np.histogram(areas, [0, 1e-3, 1e-2, 1e-1, 1.1])[0] / len(areas)
     print(f"  area of a mask: {tiny:.0%} below 0.1 % of the picture, {small:.0%} up to 1 %, {medium:.0%} up to 10 %, "
           f"{large:.0%} above; median {np.median(areas):.1%}")

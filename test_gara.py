@@ -2141,7 +2141,8 @@ def test_run_lengths_of_another_size_are_refused(tmp_path):
 def test_json_is_walked_as_json_reads_it(tmp_path, options):
     deep = {"x": [[], {}, [None, True, False], {"y": {"z": [-1, 2.5e-3, 1e+9]}}], "": "]}[{,:\"\\/\b\n"}
     content = {"info": deep, "version": -1.25e+10, "name": "Würfel 象 🐘",
-               "a": [deep, 1e22, None, "ü\\\"", [[1.5, 2]], 3], "empty": [], "b": [{"id": n, "text": "é" * n} for n in range(20)], "end": 1.75}
+               "a": [deep, 1e22, None, "ü\\\"", [[1.5, 2]], 3],
+               "empty": [], "b": [{"id": n, "text": "é" * n} for n in range(20)], "end": 1.75}
     path = tmp_path / "x.json"
     whole = json.dumps(content, **options).encode()
     path.write_bytes(whole)
