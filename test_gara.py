@@ -5,7 +5,7 @@ What each part is held against:
     GaRA         equation 7 written out image by image, closed forms and statistics of the gates, parameter counts from
                  the layers' widths; what a save must keep and a load must refuse
     corruptions  closed forms, brute force, and ranges measured on the benchmark's own code
-    data         miniatures of ten datasets written here, every kind of bad file, masks by pycocotools
+    data         miniatures of eleven datasets written here, every kind of bad file, masks by pycocotools
     training     the loss and the targets in plain loops; a run stopped and resumed against one that was not
     evaluation   a model that knows the answers, counting in plain loops, SamPredictor
 No network or GPU is needed. Everything takes three minutes on two slow cores.
