@@ -112,8 +112,13 @@ class EvaluationSet(torch.utils.data.Dataset):
             images = [sample.image(condition) for condition in self.conditions]
         except data.SampleError as error:
             return error
-        return dict(name=sample.name, indices=list(sample.indices), masks=masks, points=points, boxes=boxes,
-                    images=images)
+        return dict(
+            name=sample.name,
+            indices=list(sample.indices),
+            masks=masks,
+            points=points,
+            boxes=boxes,
+            images=images)
 
 
 def unchanged(item):
@@ -253,8 +258,14 @@ def evaluate(models, dataset, conditions, batch_size=4, amp="off", workers=0, to
                     scores[name][condition][prompt] = values.round(6).tolist()
                 if "gates" in prediction:
                     gates.setdefault(name, {})[condition] = prediction["gates"]
-        yield dict(at=at, name=item["name"], size=list(truth.shape[1:]), indices=item["indices"],
-                   areas=truth.sum((1, 2)).tolist(), scores=scores, gates=gates)
+        yield dict(
+            at=at,
+            name=item["name"],
+            size=list(truth.shape[1:]),
+            indices=item["indices"],
+            areas=truth.sum((1, 2)).tolist(),
+            scores=scores,
+            gates=gates)
 
 
 def evaluate_shared(args, models, dataset, number):
@@ -368,9 +379,20 @@ def measure(args, models, about, backbone):
         return None
 
     results = dict(
-        format=FORMAT, data=args.data, split=args.split, backbone=backbone, ckpt=args.ckpt, prompts=args.prompts,
-        amp=args.amp, average=args.average or "masks", torch=torch.__version__, machine=platform.platform(),
-        seconds=round(time.monotonic() - started, 1), conditions=args.conditions, models=about, skipped=skipped,
+        format=FORMAT,
+        data=args.data,
+        split=args.split,
+        backbone=backbone,
+        ckpt=args.ckpt,
+        prompts=args.prompts,
+        amp=args.amp,
+        average=args.average or "masks",
+        torch=torch.__version__,
+        machine=platform.platform(),
+        seconds=round(time.monotonic() - started, 1),
+        conditions=args.conditions,
+        models=about,
+        skipped=skipped,
         images=images)
     count = sum(len(image["indices"]) for image in images)
     print(f"{len(images):,} images, {count:,} masks, {len(args.conditions)} conditions; {backbone} on "
@@ -584,7 +606,7 @@ def f_statistic(counts):
         return np.where(between > 1e-12, between / within, 0.0)
 
 
-def permutation_test(counts, draws=DRAWS):
+def permutation_test(counts, draws):
     """p of `f_statistic` without a dependence on the condition: (conditions, images, layers) -> (layers,).
 
     All conditions show the same images, so the conditions of each image are shuffled within it, `draws` times, seeded.
@@ -1240,8 +1262,8 @@ def figure_open(results, model, path):
     title = f"Open components of {model}: mean over images"
     page, top = start_page(title, about_of(results), 300 + 56 * rows)
     left, top = 330, top + 60
-    width = min(200, (WIDTH - left - 40) // layers)
-    shade = 0.8 * means / max(means.max(), 1)
+    width = (WIDTH - left - 40) // layers
+    shade = 0.8 * (means - means.min()) / max(np.ptp(means), 1)
     draw_map(page, (left, top), (width, 56), shade, labels_of(results))
     write(page, (left - 16, top - 14), "layer", anchor="rs")
     for layer in range(layers):
@@ -1258,9 +1280,9 @@ def figure_dependence(results, model, path):
     """Figure a2: how strongly each layer's number of open components depends on the corruption: F over the images,
     grouped by condition, and the probability p of such an F were there no dependence."""
     counts = open_components(results, model)
-    f, p = f_statistic(counts), permutation_test(counts)
+    f, p = f_statistic(counts), permutation_test(counts, DRAWS)
     layers = range(len(f))
-    name, limit = "number of open components", "p = 0.05"
+    name, limit = "open components", "p = 0.05"
     styles = {name: Style(COLOURS[2], "circle", 0), limit: Style(RED)}
 
     finite = [(layer, f[layer]) for layer in layers if np.isfinite(f[layer])]
@@ -1369,8 +1391,14 @@ def predict_samples(results, models, datasets, amp="off", rows=6):
             predicted[name] = prediction["point"].cpu().numpy()
             iou[name] = np.mean(row["scores"][name][condition]["point"], axis=0)[0]
         label = f"{kind} gain: {100 * gain:+.1f}" if len(models) > 1 else f"IoU {100 * gain:.1f} %"
-        shown.append(dict(condition=condition, image=image, points=points, truth=masks, predictions=predicted, iou=iou,
-                          label=label))
+        shown.append(dict(
+            condition=condition,
+            image=image,
+            points=points,
+            truth=masks,
+            predictions=predicted,
+            iou=iou,
+            label=label))
     return shown
 
 # ---------------------------------------------------------------------------------------------------------------------

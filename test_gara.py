@@ -2727,8 +2727,10 @@ def made_up_results(models, conditions=data.CONDITIONS, images=4, layers=2, seed
                 scores[name][condition] = {prompt: rng.random((masks, 3)).tolist() for prompt in evaluate.PROMPTS}
                 codes = np.packbits(rng.random((layers, windows, 13)) < 0.5, axis=2)
                 spaces = rng.integers(2, size=(layers, windows)).tolist()
-                gates[name][condition] = [[(space, code.tobytes().hex()) for space, code in zip(*layer)]
-                                          for layer in zip(spaces, codes)]
+                gates[name][condition] = []
+                for space, code in zip(spaces, codes):
+                    decisions = [(s, c.tobytes().hex()) for s, c in zip(space, code)]
+                    gates[name][condition].append(decisions)
             if method != "gara":
                 del gates[name]
         results["images"].append(dict(data="demo/", name=f"{k}", size=[9, 9], indices=list(range(masks)),
@@ -2794,37 +2796,49 @@ def every_second_column(mask):
 
 def test_scores_of_predictions_that_are_known(demo):
     """Right, empty and half predictions; half: every second column of the truth."""
-    dataset, conditions = data.load_dataset(demo / "demo", "test"), ("clear", "fog", "contrast")
-    predicted = dict(right=lambda mask: mask, empty=lambda mask: mask & False, half=every_second_column)
-    models = {name: Oracle(dataset, predict) for name, predict in predicted.items()}
-    images = list(evaluate.evaluate(models, dataset, conditions, batch_size=2))
-    assert [image["name"] for image in images] == [sample.name for sample in dataset]
-    for image, sample in zip(images, dataset):
+    dataset = data.load_dataset(demo / "demo", "test")
+    conditions = ("clear", "fog", "contrast")
+    models = dict(
+        right=Oracle(dataset, lambda mask: mask),
+        empty=Oracle(dataset, lambda mask: mask & False),
+        half=Oracle(dataset, every_second_column))
+    images = evaluate.evaluate(models, dataset, conditions, batch_size=2)
+    for image, sample in zip(images, dataset, strict=True):
+        assert image["name"] == sample.name
         expected = dict(right=[], empty=[], half=[])
         for mask in sample.masks():
-            share, wrong = every_second_column(mask).sum() / mask.sum(), mask.mean()
+            area = mask.mean()
+            share = every_second_column(mask).sum() / mask.sum()
             expected["right"].append([1, 1, 1])
-            expected["empty"].append([0, 0, 1 - wrong])
-            expected["half"].append([share, 2 * share / (1 + share), 1 - wrong * (1 - share)])
+            expected["empty"].append([0, 0, 1 - area])
+            expected["half"].append([share, 2 * share / (1 + share), 1 - area * (1 - share)])
         for name, condition, prompt in itertools.product(models, conditions, evaluate.PROMPTS):
-            assert np.allclose(image["scores"][name][condition][prompt], expected[name], atol=1e-6)
+            scores = image["scores"][name][condition][prompt]
+            assert np.allclose(scores, expected[name], atol=1e-6)
 
 def test_means_are_over_masks_or_over_images():
     """Three masks on one image and one on another: the first image weighs three times as much."""
     first, second = {}, {}
     for k, condition in enumerate(data.CONDITIONS):
-        first[condition] = {"point": [[0.1 * k, 0.5, 0]] * 3, "box": [[0.0, 1.0, 0]] * 3}
-        second[condition] = {"point": [[1.0, 0.7, 1]], "box": [[1.0, 0.2, 1]]}
-    images = [dict(indices=[1, 2, 3], scores=dict(A=first)), dict(indices=[1], scores=dict(A=second))]
-    means = evaluate.summarize(images, ["A"], data.CONDITIONS)["means"]["A"]
-    assert means["point clear"] == pytest.approx([0.25, 0.55, 0.25])
-    assert means["box fog"] == pytest.approx([0.25, 0.8, 0.25])
-    assert means["point snow"] == pytest.approx([0.325, 0.55, 0.25])  # condition 1 of 15
-    assert means["point degraded"] == pytest.approx([0.25 + 0.075 * 8, 0.55, 0.25])  # mean of 1 to 15
-    alike = evaluate.summarize(images, ["A"], data.CONDITIONS, "images")["means"]["A"]
-    assert alike["point clear"] == pytest.approx([0.5, 0.6, 0.5])
-    assert alike["point snow"] == pytest.approx([0.55, 0.6, 0.5])
-    assert evaluate.summarize(images, ["A"], ("clear",))["means"]["A"].keys() == {"point clear", "box clear"}
+        first[condition] = dict(point=3 * [[0.1 * k, 0.5, 0]], box=3 * [[0, 1, 0]])
+        second[condition] = dict(point=[[1, 0.7, 1]], box=[[1, 0.2, 1]])
+    images = [dict(indices=[1, 2, 3], scores=dict(A=first)),
+              dict(indices=[1], scores=dict(A=second))]
+
+    def means(column, average):
+        found = evaluate.summarize(images, ["A"], data.CONDITIONS, average)
+        return pytest.approx(found["means"]["A"][column])
+
+    assert [0.25, 0.55, 0.25] == means("point clear", "masks")
+    assert [0.25, 0.8, 0.25] == means("box fog", "masks")
+    assert [0.325, 0.55, 0.25] == means("point snow", "masks")  # condition 1 of 15
+    assert [0.25 + 0.075 * 8, 0.55, 0.25] == means("point degraded", "masks")  # mean of 1 to 15
+    assert [0.5, 0.6, 0.5] == means("point clear", "images")
+    assert [0.55, 0.6, 0.5] == means("point snow", "images")
+
+def test_clear_images_alone_have_no_degraded_mean():
+    results = made_up_results(SAM_ONLY, ("clear",))
+    assert results["means"]["SAM"].keys() == {"point clear", "box clear"}
 
 def test_intervals_are_those_of_the_normal_distribution_when_images_are_many():
     """The ratio of sums, by the delta method: its variance is that of (score sum - mean x masks) / mean masks."""
@@ -2890,14 +2904,15 @@ def test_gates_are_unpacked_as_they_were_packed(windows):
         assert counts[data.CONDITIONS.index("fog"), image, layer] == np.mean(opened)
 
 def test_gates_of_windows_are_recorded_like_those_of_images(demo):
-    sample, model = data.load_dataset(demo / "demo", "test")[0], tiny("gara", scope="window")
-    (prediction,) = evaluate.predictions(model, [sample.image()], *sample.prompts())
-    for packed, layer in zip(prediction["gates"], gara.gates(model), strict=True):
-        spaces, codes = zip(*packed)
-        vectors = layer["vector"].reshape(len(packed), -1).numpy()
-        assert list(spaces) == layer["space"].flatten().tolist()
-        assert list(codes) == [np.packbits(vector).tobytes().hex() for vector in vectors]
+    sample = data.load_dataset(demo / "demo", "test")[0]
+    model = tiny("gara", scope="window")
+    prediction = next(evaluate.predictions(model, [sample.image()], *sample.prompts()))
     assert len(prediction["gates"][0]) > 1
+    for packed, layer in zip(prediction["gates"], gara.gates(model), strict=True):
+        vectors = layer["vector"].reshape(len(packed), -1).numpy()
+        spaces = layer["space"].flatten().tolist()
+        for decision, space, vector in zip(packed, spaces, vectors, strict=True):
+            assert decision == (space, np.packbits(vector).tobytes().hex())
 
 def test_f_against_its_definition():
     counts = np.random.default_rng(0).integers(0, 20, (4, 6, 3)) + np.arange(4)[:, None, None]
@@ -2946,16 +2961,21 @@ def flat_scores(images):
     return np.array(flat)
 
 def test_scores_do_not_depend_on_how_they_are_computed(demo):
-    dataset, models = data.load_dataset(demo / "demo", "test"), {"SAM": tiny()}
-    scores = flat_scores(evaluate.evaluate(models, dataset, SOME))
-    assert 0 < scores.mean() < 1
-    reverse = data.Dataset(dataset.root, "test", dataset.kind, dataset.samples[::-1])
-    assert np.array_equal(flat_scores(evaluate.evaluate(models, reverse, SOME, workers=1)), scores)
-    alone = data.Dataset(dataset.root, "test", dataset.kind, dataset.samples[1:2])
-    images = [*evaluate.evaluate(models, alone, SOME), *evaluate.evaluate(models, dataset, SOME, todo=[0, 2])]
-    assert np.array_equal(flat_scores(images), scores)
+    dataset = data.load_dataset(demo / "demo", "test")
+
+    def scores(samples=dataset.samples, **options):
+        part = data.Dataset(dataset.root, "test", dataset.kind, samples)
+        return flat_scores(evaluate.evaluate({"SAM": tiny()}, part, SOME, **options))
+
+    usual = scores()
+    count = [len(rows) for rows in (scores(todo=[0]), scores(todo=[1]))]
+    second = usual[count[0]:sum(count)]
+    assert 0 < usual.mean() < 1
+    assert np.array_equal(scores(dataset.samples[::-1], workers=1), usual)
+    assert np.array_equal(scores(dataset.samples[1:2]), second)
+    assert np.array_equal(scores(todo=[1]), second)
     for batch_size in (1, 2):  # float sums may turn over a pixel on the outline
-        assert np.allclose(flat_scores(evaluate.evaluate(models, dataset, SOME, batch_size)), scores, atol=5e-3)
+        assert np.allclose(scores(batch_size=batch_size), usual, atol=5e-3)
 
 def test_evaluator_and_predictor_give_the_same_masks(demo, monkeypatch):
     monkeypatch.setattr(evaluate, "DECODED_AT_ONCE", 5)  # prompts of several conditions in one call, and torn apart
@@ -3284,22 +3304,27 @@ def test_ticks_are_few_round_numbers_that_enclose_the_data():
 
 @pytest.mark.parametrize("mark", evaluate.MARKS)
 def test_axes_put_points_where_their_ticks_are(tmp_path, mark):
-    panel = evaluate.Axes("title", {"a": [(0, 1), (10, 3)], "none": []}, "label", pad=(1, 0.5))
-    styles = dict(a=evaluate.Style("#ff0000", mark, 0), none=evaluate.Style("#0000ff"))
+    points = [(0, 1), (10, 3)]
+    panel = evaluate.Axes("title", {"a": points, "none": []}, "label", pad=(1, 0.5))
+    red, blue = evaluate.Style("#ff0000", mark, 0), evaluate.Style("#0000ff")
+    styles = {"a": red, "none": blue}
     path = evaluate.draw_figure(str(tmp_path / "x.png"), "title", "about", [panel], styles, columns=1)
-    pixels = np.array(Image.open(path)).astype(int)
-    assert pixels.shape[1:] == (1400, 3)
+    figure = Image.open(path)
     left, top, right, bottom = panel.inner
+    assert figure.width == 1400
     assert panel.place(-1, 0.5) == pytest.approx((left, bottom))
     assert panel.place(11, 3.5) == pytest.approx((right, top))
-    for point in panel.series["a"]:
-        x, y = (round(value / 2) for value in panel.place(*point))
-        assert pixels[y, x].tolist() == [255, 0, 0]
+    for point in points:
+        x, y = panel.place(*point)
+        assert figure.getpixel((round(x / 2), round(y / 2))) == (255, 0, 0)
 
 def test_maps_are_white_at_0_and_black_at_1():
     page, _ = evaluate.start_page("", "", 200)
-    evaluate.draw_map(page, (400, 20), (10, 8), np.array([[0, 0.5, 1]]))
-    assert [page.getpixel((405 + 10 * k, 24))[0] for k in range(3)] == [255, 127, 0]
+    values = np.array([[0, 0.5, 1]])
+    evaluate.draw_map(page, (400, 20), (10, 8), values)
+    for k, grey in enumerate((255, 127, 0)):
+        middle = (405 + 10 * k, 24)
+        assert page.getpixel(middle) == (grey,) * 3
 
 def test_styles_differ():
     assert len(set(evaluate.styles_of(range(32)).values())) == 32
@@ -3310,7 +3335,8 @@ def test_oracles_against_loops():
     images, names, conditions = results["images"], list(LORAS), data.CONDITIONS
     found = evaluate.oracles(images, names, conditions)
     for prompt in evaluate.PROMPTS:
-        iou, chosen = {oracle: {} for oracle in evaluate.ORACLES}, {oracle: [] for oracle in evaluate.ORACLES}
+        iou = {oracle: {} for oracle in evaluate.ORACLES}
+        chosen = {oracle: [] for oracle in evaluate.ORACLES}
         for condition in conditions:
             column = f"{prompt} {condition}"
             best = max(names, key=lambda name: results["means"][name][column][0])
@@ -3391,13 +3417,23 @@ def test_samples_are_the_least_middling_and_most_gains(demo):
 
 def test_samples_have_a_row_each_and_a_column_per_model(tmp_path):
     truth = np.zeros((2, 60, 80), bool)
-    truth[0, 5:20, 5:20] = truth[1, 30:50, 40:70] = True
-    row = dict(condition="fog", image=np.full((60, 80, 3), 90, np.uint8), points=np.full((2, 3, 2), 10.0), truth=truth,
-               predictions=dict(A=truth, B=~truth), iou=dict(A=1.0, B=0.0), label="worst gain \N{MINUS SIGN}0.31")
-    path = str(tmp_path / "samples.png")
-    one = np.array(Image.open(evaluate.figure_samples([row], ["A", "B"], path, "Figure 4"))).astype(int)
-    rows = [row, {**row, "label": ""}]
-    two = np.array(Image.open(evaluate.figure_samples(rows, ["A", "B"], path, "a long title " * 30)))
+    truth[0, 5:20, 5:20] = True
+    truth[1, 30:50, 40:70] = True
+    row = dict(
+        condition="fog",
+        image=np.full((60, 80, 3), 90, np.uint8),
+        points=np.full((2, 3, 2), 10.0),
+        truth=truth,
+        predictions=dict(A=truth, B=~truth),
+        iou=dict(A=1.0, B=0.0),
+        label="worst gain \N{MINUS SIGN}0.31")
+
+    def drawn(rows, title):
+        path = evaluate.figure_samples(rows, ["A", "B"], str(tmp_path / "samples.png"), title)
+        return np.array(Image.open(path)).astype(int)
+
+    one = drawn([row], "Figure 4")
+    two = drawn([row, {**row, "label": ""}], "a long title " * 30)
     assert one.shape[1] == two.shape[1] == 4 * 250 + 30
     assert 200 < two.shape[0] - one.shape[0] < 260
     given, right, a, b = (one[93:273, 20 + 250 * c:260 + 250 * c] for c in range(4))
@@ -3424,9 +3460,12 @@ def test_the_studys_estimates_are_those_of_the_normal_distribution():
 
 def test_columns_of_the_study():
     values = np.random.default_rng(0).random((3, 8, 2, 4))
-    scores = study.Scores(dict(gara=values), np.ones(8), ["fog", "clear", "rain", "fog@2"])
-    assert np.array_equal(scores.column("gara", "box rain"), values[:, :, 1, 2])
-    assert np.allclose(scores.column("gara", "point degraded"), values[:, :, 0, [0, 2]].mean(2))
+    conditions = ["fog", "clear", "rain", "fog@2"]
+    scores = study.Scores(dict(gara=values), np.ones(8), conditions)
+    rain = scores.column("gara", "box rain")
+    degraded = scores.column("gara", "point degraded")
+    assert np.array_equal(rain, values[:, :, 1, 2])
+    assert np.allclose(degraded, values[:, :, 0, [0, 2]].mean(2))
 
 def test_what_gates_answer_to():
     """Gates that follow the corruption alone, the image alone, and only both together; and chance."""
@@ -3568,7 +3607,7 @@ def test_the_studys_report_says_what_the_folders_hold(plan, tmp_path, monkeypatc
     for name, run in (("unseen", "unseen_gara"), ("real", "real_gara"), ("main", "moe")):
         column = "point night" if name == "real" else "point degraded"
         of_seeds = [means[name, f"{run}_{seed}"][column][0] for seed in range(plan["seeds"])]
-        lines = text.split(f"study/{name}_*")[1].splitlines()
+        lines = text.split(f"study/{name}_*", 1)[1].splitlines()
         row = next(line for line in lines if line.startswith(f"| {study.label_of(run)} |"))
         assert row.split("|")[2].split()[0] == f"{100 * np.mean(of_seeds):.1f}"
 
