@@ -129,8 +129,10 @@ def study_jobs(out, seeds, steps, validations, pictures, leave):
     """{folder: (command, folders that must be there before)} in the order of the work. A command is what Python is
     told, or a function. OUT/runs/RUN_SEED are runs of train.py, OUT/EVALUATION_SEED evaluations."""
     scenes = os.path.join(out, "plain")
-    make_scenes = [os.path.join(ROOT, "data.py"), scenes, "--make-demo", "--patterned", "0", "--scenes", "8", "8",
-                   str(pictures // 3)]
+    make_scenes = [
+        os.path.join(ROOT, "data.py"), scenes, "--make-demo",
+        "--patterned", "0",
+        "--scenes", "8", "8", str(pictures // 3)]
     jobs = {scenes: (make_scenes, [])}
     for name, (runs, options) in EVALUATIONS.items():
         runs = [run for run in runs if run not in leave]
@@ -138,7 +140,8 @@ def study_jobs(out, seeds, steps, validations, pictures, leave):
             places = {run: os.path.join(out, "runs", f"{run}_{seed}") for run in runs}
             for run, place in places.items():
                 if run == "frozen":
-                    main, source = os.path.join(out, f"main_{seed}"), os.path.join(out, "runs", f"gara_{seed}")
+                    main = os.path.join(out, f"main_{seed}")
+                    source = os.path.join(out, "runs", f"gara_{seed}")
                     jobs[place] = functools.partial(freeze_gates, main, source, place), [main]
                 elif place not in jobs:
                     jobs[place] = training(run, seed, place, steps, validations), []
@@ -146,9 +149,17 @@ def study_jobs(out, seeds, steps, validations, pictures, leave):
             files = [os.path.join(place, adapter_file(run)) for run, place in places.items()]
             words = [scenes if word == "PLAIN" else word for word in options]
             count = pictures // 4 if name == "strength" else pictures
-            command = [os.path.join(ROOT, "evaluate.py"), "--ckpt", *files, *words, "--limit", str(count),
-                       "--workers", "0", "--device", "cpu", "--out", folder]
-            needed = [*places.values(), scenes] if "PLAIN" in options else [*places.values()]
+            command = [
+                os.path.join(ROOT, "evaluate.py"),
+                "--ckpt", *files,
+                *words,
+                "--limit", str(count),
+                "--workers", "0",
+                "--device", "cpu",
+                "--out", folder]
+            needed = list(places.values())
+            if "PLAIN" in options:
+                needed.append(scenes)
             jobs[folder] = command, needed
     return jobs
 
@@ -162,16 +173,27 @@ def training(run, seed, place, steps, validations):
     script = [os.path.join(ROOT, "train.py")]
     if run == "gara_logistic":
         script = [os.path.join(HERE, "study.py"), "--logistic-noise"]
-    return [*script, "--data", "demo/", "--seed", str(seed), "--out", place, "--workers", "0", "--device", "cpu",
-            "--val-every", str(max(1, steps // validations)), *options]
+    return [
+        *script,
+        "--data", "demo/",
+        "--seed", str(seed),
+        "--out", place,
+        "--workers", "0",
+        "--device", "cpu",
+        "--val-every", str(max(1, steps // validations)),
+        *options]
 
 
 def cost_job(out, leave):
     """{name: (command, [])}: memory and speed of all models of seed 0, alone on the machine."""
     runs = [run for run in ADAPTED if run not in leave]
     files = [os.path.join(out, "runs", f"{run}_0", adapter_file(run)) for run in runs]
-    command = [os.path.join(HERE, "bench.py"), "models", "--ckpt", *files, "--data", "demo/", "--device", "cpu",
-               "--json", os.path.join(out, "models.json")]
+    command = [
+        os.path.join(HERE, "bench.py"), "models",
+        "--ckpt", *files,
+        "--data", "demo/",
+        "--device", "cpu",
+        "--json", os.path.join(out, "models.json")]
     return {os.path.join(out, "models"): (command, [])}
 
 
@@ -324,7 +346,8 @@ def gather(out, name, seeds, root="demo/"):
             for i, image in enumerate(images):
                 for p, prompt in enumerate(PROMPTS):
                     for c, condition in enumerate(conditions):
-                        values[i, p, c] = np.sum(image["scores"][model][condition][prompt], axis=0)[0]
+                        scores = image["scores"][model][condition][prompt]
+                        values[i, p, c] = np.sum(scores, axis=0)[0]
             sums.setdefault(run, []).append(values)
     masks = np.array([len(image["indices"]) for image in images], float)
     return Scores({run: np.array(values) for run, values in sums.items()}, masks, conditions)
@@ -335,8 +358,12 @@ def estimate(sums, masks):
     and seeds again, so it covers both; of three seeds that is rough, so each is shown beside."""
     seeds, images = sums.shape
     rng = np.random.default_rng(data.seed_of("study"))
-    seeds_drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS).astype(float)
-    images_drawn = rng.multinomial(images, np.full(images, 1 / images), DRAWS).astype(float)
+
+    def draw(count):
+        alike = np.full(count, 1 / count)
+        return rng.multinomial(count, alike, DRAWS).astype(float)  # how often each is drawn
+
+    seeds_drawn, images_drawn = draw(seeds), draw(images)
     totals = (seeds_drawn / seeds @ sums * images_drawn).sum(1)
     means = totals / (images_drawn @ masks)
     each = sums.sum(1) / masks.sum()
@@ -460,8 +487,10 @@ def gate_vectors(out, name, seed, run):
     vectors, spaces = [], []
     for condition in results["conditions"]:
         layers = unpack_gates(results, model, condition)
-        vectors.append(np.stack([vector.mean(1) for vector, _ in layers], axis=1))  # (images, layers, components)
-        spaces.append(np.stack([(space == 1).mean(1) for _, space in layers], axis=1))
+        shares = [vector.mean(1) for vector, _ in layers]
+        higher = [(space == 1).mean(1) for _, space in layers]
+        vectors.append(np.stack(shares, axis=1))  # (images, layers, components)
+        spaces.append(np.stack(higher, axis=1))  # (images, layers)
     return np.stack(vectors, axis=1), np.stack(spaces, axis=1)
 
 
@@ -496,8 +525,10 @@ def probe(vectors, rng):
         learned = np.setdiff1d(order, tested)
         inputs = x[learned].reshape(-1, x.shape[2])
         targets = np.tile(np.eye(conditions), (len(learned), 1))
-        weights = np.linalg.solve(inputs.T @ inputs + 3 * np.eye(x.shape[2]), inputs.T @ targets)
-        right.append((x[tested] @ weights).argmax(2) == np.arange(conditions))
+        penalty = 3 * np.eye(x.shape[2])
+        weights = np.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ targets)
+        guesses = (x[tested] @ weights).argmax(2)
+        right.append(guesses == np.arange(conditions))
     return float(np.concatenate(right).mean())
 
 
