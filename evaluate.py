@@ -1,57 +1,63 @@
-"""Measures SAM and adapters on the same pictures, prompts and noise: the paper's tables and figures.
+"""Measures SAM and adapters on the same images, prompts and noise: the paper's tables and figures.
 
     python evaluate.py --ckpt runs/vit_t_gara/gara.pt --data demo/              SAM beside GaRA, split test
     python evaluate.py --ckpt gara.pt lora.pt --checkpoint sam_vit_b_01ec64.pth --data robustseg/ --split lvis
-    python evaluate.py --ckpt gara.pt --data bdd100k/ LIS/ --split val --no-corrupt         pictures as they are
+    python evaluate.py --ckpt gara.pt --data bdd100k/ LIS/ --split val --no-corrupt         images as they are
     python evaluate.py --ckpt gara.pt --predictor hq.py:HQ_SAM --data robustseg/            another project's model too
     python evaluate.py --from results/results.json more/results.json    tables and figures again, from stored scores
 
-Every picture is taken clear and in each of the 15 corruptions, encoded once in each condition, and asked for every
-object twice: by three points and by its box. Prompts and noise derive from the picture's name alone (see data.py), so
-all methods, and all labs, answer the same questions. A score compares masks at the picture's own resolution; tables
-give the mean over masks, and "degraded" is the mean over the 15 corruptions. Several datasets are measured one by one
-and as one, every mask counting alike. torchrun shares the pictures among processes; what was measured is kept at once,
-so the same command goes on where an interrupted one stopped.
+Every image is taken clear and in each of the 15 corruptions, encoded once in each condition, and every object in it is
+predicted twice: from three points and from its box. Prompts and noise derive from the image's name alone (see data.py),
+so all methods, and all labs, predict from the same input. A score compares masks at the image's own resolution. Tables
+give the mean over masks; "degraded" is the mean over the corruptions (`degraded_conditions`). Several datasets are
+measured one by one and as one, every mask counting alike. torchrun shares the images among its processes. Every score
+is kept at once, so the same command goes on where an interrupted one stopped.
 
-A score is an estimate from the pictures at hand. So each mean has a 95 % interval by bootstrap: draw as many pictures
-again, with replacement, 2,000 times. A difference of two models has its own, from the same draws: both answer the same
-questions, so it is far narrower than the two intervals suggest. Only differences beyond it are called better.
+A score is an estimate from the images at hand. So each mean has a 95 % interval by bootstrap: draw as many images again,
+with replacement, 2,000 times. The difference of two models has its own interval, from the same draws: both predict the
+same masks, so it is far narrower than the two intervals suggest. Only differences beyond it are called better.
+
+The file in the order of the data: measure (predictions -> scores), summarize (scores -> means and intervals), tables,
+axes, figures, command line.
 
 Written to `--out`: results.json (its form: see `measure`), results.csv (the means), and the figures as PNG.
 """
 import argparse
 import copy
 import csv
+import dataclasses
 import datetime
 import functools
 import glob
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import sys
 import time
+import typing
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 import data
 import gara
-from sam import (BACKBONES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, foreign, from_file,
-                 keep_freed_memory, megabytes, race)
+from sam import BACKBONES, ResizeLongestSide, build_sam, find_checkpoint, foreign, from_file, keep_freed_memory
 
 FORMAT = "gara-sam results 3"
 METRICS = ("IoU", "Dice", "PA")
 PROMPTS = ("point", "box")
 DECODED_AT_ONCE = 32  # prompts; their masks at full size are what takes memory
-DRAWS = 2000  # of the bootstrap
+DRAWS = 2000  # of the bootstrap, and of the permutation test
+NOISE = 1e-9  # differences of sums that are equal but for rounding
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Prediction and scores.
+# Measure: predictions and their scores.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -63,16 +69,31 @@ def mask_scores(prediction, truth):
     data.py drops empty truths; should both be empty nevertheless, they agree and score 1.
     """
     prediction, truth = torch.as_tensor(prediction), torch.as_tensor(truth)
-    both, p, t = (mask.sum((-2, -1)).double() for mask in (prediction & truth, prediction, truth))
-    empty = (p + t == 0).double()
-    iou = (both + empty) / (p + t - both + empty)
-    dice = (2 * both + empty) / (p + t + empty)
-    accuracy = 1 - (p + t - 2 * both) / (truth.shape[-2] * truth.shape[-1])
+
+    def area(masks):
+        return masks.sum((-2, -1)).double()
+
+    both = area(prediction & truth)
+    either = area(prediction | truth)
+    empty = (either == 0).double()
+    iou = (both + empty) / (either + empty)
+    dice = (2 * both + empty) / (either + both + empty)
+    accuracy = 1 - (either - both) / truth.shape[-2:].numel()
     return torch.stack([iou, dice, accuracy], dim=-1).cpu().numpy()
 
 
-class Questions(torch.utils.data.Dataset):
-    """What the loader's processes prepare for one picture: its masks, its prompts, and the picture in every condition.
+def degraded_conditions(conditions):
+    """The conditions whose mean is called "degraded": every corruption at the benchmark's own strength."""
+    return [condition for condition in benchmark_conditions(conditions) if condition != "clear"]
+
+
+def benchmark_conditions(conditions):
+    """Those at the benchmark's own strength: "clear" and "fog", not "fog@0.5"."""
+    return [condition for condition in conditions if "@" not in condition]
+
+
+class EvaluationSet(torch.utils.data.Dataset):
+    """What a worker prepares for one image: its masks, its prompts, and the image in every condition.
 
     A bad sample comes back as its SampleError, for the main process to report.
     """
@@ -91,171 +112,229 @@ class Questions(torch.utils.data.Dataset):
             images = [sample.image(condition) for condition in self.conditions]
         except data.SampleError as error:
             return error
-        return dict(name=sample.name, indices=list(sample.indices), masks=masks, points=points, boxes=boxes,
-                    images=images)
+        return dict(
+            name=sample.name,
+            indices=list(sample.indices),
+            masks=masks,
+            points=points,
+            boxes=boxes,
+            images=images)
 
 
-def as_it_is(asked):
-    """The loader's collate function: no lambda, so that it reaches processes that are spawned."""
-    return asked
+def unchanged(item):
+    """The loader's collate function: no lambda, so that it reaches workers that are spawned."""
+    return item
 
 
-@torch.no_grad()
-def predict(sam, images, points, boxes, batch_size, amp):
-    """One picture in several conditions, uint8 HxWx3 each; points (M, 3, 2) and boxes (M, 4) in its pixels.
+def predictions(model, images, points, boxes, batch_size=4, amp="off"):
+    """What a model, a Sam or a plugged predictor, predicts for one image in several conditions.
 
-    Yields, condition by condition, {"point": bool (M, H, W), "box": bool (M, H, W)}, and with gates what each layer
-    chose: "gates": [layer, ...], a layer [[space, hex digits of the packed vector], ...] of its one decision, or of one
-    for each window.
-    The same calls as SamPredictor's.
+    images: uint8 (H, W, 3) each; points (M, 3, 2) and boxes (M, 4) in their pixels. Yields for each image in turn
+    {"point": bool (M, H, W), "box": bool (M, H, W)}, and with gates also "gates": [layer, ...], a layer
+    [[space, hex digits of the packed vector], ...] of its one decision, or of one for each window.
     """
-    resize, size = ResizeLongestSide(sam.image_encoder.img_size), images[0].shape[:2]
-    coords = torch.from_numpy(resize.apply_coords(points, size)).to(sam.device)
-    corners = torch.from_numpy(resize.apply_boxes(boxes, size)).to(sam.device)
-    input_size = resize.get_preprocess_shape(*size)
-    for first in range(0, len(images), batch_size):
-        scaled = np.stack([resize.apply_image(image) for image in images[first:first + batch_size]])
-        with torch.autocast(sam.device.type, torch.bfloat16, enabled=amp == "bf16"):
-            x = torch.from_numpy(scaled).to(sam.device).permute(0, 3, 1, 2)
-            embeddings = sam.image_encoder(sam.preprocess(x))
-        embeddings = embeddings.float()  # the decoder costs little: always float32
-        pairs = torch.cartesian_prod(torch.arange(len(scaled)), torch.arange(len(coords))).to(sam.device)  # image, mask
-        masks = {prompt: [] for prompt in PROMPTS}
-        for image_index, which in (part.T for part in pairs.split(DECODED_AT_ONCE)):
-            labels = torch.ones(len(which), 3, dtype=torch.long, device=sam.device)
-            questions = dict(point=dict(points=(coords[which], labels)), box=dict(boxes=corners[which]))
-            for prompt, question in questions.items():
-                low_res, _ = sam.decode(embeddings, **question, image_index=image_index)
-                masks[prompt].append(sam.postprocess_masks(low_res, input_size, size)[:, 0] > sam.mask_threshold)
-        answers = {prompt: torch.cat(masks[prompt]).split(len(coords)) for prompt in PROMPTS}
-        if is_gated(sam):
-            answers["gates"] = pack_gates(gara.gates(sam))
-        for answer in zip(*answers.values()):
-            yield dict(zip(answers, answer))
-
-
-def pack_gates(layers):
-    """What `gara.gates` gave, image by image, for results.json: see `predict`."""
-    packed = []
-    for layer in layers:
-        decisions = layer["vector"].shape[1] if layer["vector"].dim() == 3 else 1
-        bits = np.packbits(layer["vector"].cpu().numpy(), axis=-1)
-        codes = [row.tobytes().hex() for row in bits.reshape(-1, bits.shape[-1])]
-        pairs = list(zip(layer["space"].flatten().tolist(), codes))  # of all images and windows
-        packed.append([pairs[first:first + decisions] for first in range(0, len(pairs), decisions)])
-    return [list(image) for image in zip(*packed)]
-
-
-def is_gated(model):
-    """Has it gates that decide anything? LoRA's are always open."""
-    return bool(getattr(model, "adapter", None)) and model.adapter["method"] != "lora"
+    if is_sam(model):
+        return predict_sam(model, images, points, boxes, batch_size, amp)
+    return predict_plugged(model, images, points, boxes)
 
 
 def is_sam(model):
-    """A SAM of this project, not a plugged predictor."""
+    """Whether it is a SAM of this project, not a plugged predictor."""
     return not hasattr(model, "set_image")
 
 
-def ask(predictor, images, points, boxes):
-    """`predict` for any object with the official SamPredictor's set_image and predict: a call for each question."""
+def is_gated(model):
+    """Whether its gates decide anything: LoRA's are always open."""
+    return bool(getattr(model, "adapter", None)) and model.adapter["method"] != "lora"
+
+
+@torch.no_grad()
+def predict_sam(sam, images, points, boxes, batch_size=4, amp="off"):
+    """`predictions` of a Sam, by the same calls as SamPredictor's but `batch_size` conditions at once."""
+    resize = ResizeLongestSide(sam.image_encoder.img_size)
+    size = images[0].shape[:2]
+    points = torch.from_numpy(resize.apply_coords(points, size)).to(sam.device)
+    boxes = torch.from_numpy(resize.apply_boxes(boxes, size)).to(sam.device)
+    for first in range(0, len(images), batch_size):
+        batch = images[first:first + batch_size]
+        scaled = np.stack([resize.apply_image(image) for image in batch])
+        x = torch.from_numpy(scaled).to(sam.device).permute(0, 3, 1, 2)  # (N, 3, h, w)
+        with torch.autocast(sam.device.type, torch.bfloat16, enabled=amp == "bf16"):
+            embeddings = sam.image_encoder(sam.preprocess(x))
+        masks = decode_all(sam, embeddings.float(), points, boxes, size)  # the decoder costs little: always float32
+        gates = pack_gates(gara.gates(sam)) if is_gated(sam) else []
+        for k in range(len(batch)):
+            prediction = {prompt: masks[prompt][k] for prompt in PROMPTS}
+            if gates:
+                prediction["gates"] = gates[k]
+            yield prediction
+
+
+def decode_all(sam, embeddings, points, boxes, size):
+    """Every prompt on every embedding: {"point": bool (N, M, H, W), "box": the same}.
+
+    embeddings (N, C, h, w); points (M, 3, 2) and boxes (M, 4) in pixels of the scaled image; size: (H, W).
+    """
+    input_size = ResizeLongestSide(sam.image_encoder.img_size).get_preprocess_shape(*size)
+    shape = (len(embeddings), len(points))
+    pairs = torch.cartesian_prod(*map(torch.arange, shape)).to(sam.device)  # (N x M, 2)
+    masks = {prompt: [] for prompt in PROMPTS}
+    for chunk in pairs.split(DECODED_AT_ONCE):
+        image_index, prompt_index = chunk.T
+        labels = torch.ones(len(chunk), 3, dtype=torch.long, device=sam.device)
+        given = dict(
+            point=dict(points=(points[prompt_index], labels)),
+            box=dict(boxes=boxes[prompt_index]))
+        for prompt in PROMPTS:
+            low_res, _ = sam.decode(embeddings, **given[prompt], image_index=image_index)
+            logits = sam.postprocess_masks(low_res, input_size, size)
+            masks[prompt].append(logits[:, 0] > sam.mask_threshold)
+    return {prompt: torch.cat(parts).unflatten(0, shape) for prompt, parts in masks.items()}
+
+
+def pack_gates(layers):
+    """What `gara.gates` gave, image by image, for results.json: see `predictions`."""
+    images = [[] for _ in layers[0]["vector"]]
+    for layer in layers:
+        codes = np.packbits(layer["vector"].cpu().numpy(), axis=-1)
+        for image, space, code in zip(images, layer["space"].tolist(), codes):
+            if code.ndim == 1:  # one decision for the whole image
+                space, code = [space], [code]
+            decisions = [(s, c.tobytes().hex()) for s, c in zip(space, code)]
+            image.append(decisions)
+    return images
+
+
+def predict_plugged(predictor, images, points, boxes):
+    """`predictions` of any object with the official SamPredictor's set_image and predict: a call for each prompt."""
+    labels = np.ones(3, np.int64)
+    prompts = dict(point=[dict(point_coords=each, point_labels=labels) for each in points],
+                   box=[dict(box=box) for box in boxes])
     for image in images:
         predictor.set_image(image)
-        asked = dict(point=[dict(point_coords=each, point_labels=np.ones(3, np.int64)) for each in points],
-                     box=[dict(box=box) for box in boxes])
-        answer = {}
-        for prompt, questions in asked.items():
-            masks = [np.asarray(predictor.predict(**question, multimask_output=False)[0]) for question in questions]
-            wrong = next((mask.shape for mask in masks if mask.shape != (1, *image.shape[:2])), None)
-            if wrong:
-                raise ValueError(f"--predictor: predict() gave masks of shape {wrong} for a picture of {image.shape}: "
-                                 f"with multimask_output=False they must be {(1, *image.shape[:2])}")
-            answer[prompt] = torch.from_numpy(np.concatenate(masks) > 0)
-        yield answer
-
-
-def answers(model, images, points, boxes, batch_size=4, amp="off"):
-    """What a model, a Sam or a plugged predictor, answers: see `predict`."""
-    if is_sam(model):
-        return predict(model, images, points, boxes, batch_size, amp)
-    return ask(model, images, points, boxes)
+        expected = (1, *image.shape[:2])
+        prediction = {}
+        for kind in PROMPTS:
+            masks = []
+            for prompt in prompts[kind]:
+                mask = np.asarray(predictor.predict(**prompt, multimask_output=False)[0])
+                if mask.shape != expected:
+                    raise ValueError(f"--predictor: predict() gave masks of shape {mask.shape} for a picture of "
+                                     f"{image.shape}: with multimask_output=False they must be {expected}")
+                masks.append(mask)
+            prediction[kind] = torch.from_numpy(np.concatenate(masks) > 0)
+        yield prediction
 
 
 def evaluate(models, dataset, conditions, batch_size=4, amp="off", workers=0, todo=None):
-    """Score every mask of `dataset`, or of its pictures numbered in `todo`. models: {name: Sam or predictor}.
+    """Score every mask of `dataset`, or of its images numbered in `todo`. models: {name: Sam or predictor}.
 
-    Yields a row for each picture, in order: dict of at (its number), name, size [H, W], indices (of its masks in the
+    Yields a row for each image, in order: dict of at (its number), name, size [H, W], indices (of its masks in the
     file), areas (their pixels), scores[model][condition][prompt] = [[IoU, Dice, PA], ...], and for models with gates
-    gates[model][condition] (see `predict`). A picture that cannot be read gives dict(at, skipped=why).
+    gates[model][condition] (see `predictions`). An image that cannot be read gives dict(at, skipped=why).
     """
     todo = range(len(dataset)) if todo is None else todo
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(Questions(dataset, conditions), todo), batch_size=None, num_workers=workers,
-        collate_fn=as_it_is, prefetch_factor=2 if workers else None)
-    for at, asked in zip(todo, loader):
-        if isinstance(asked, data.SampleError):
-            if dataset.skip(asked):
-                print(f"skipped: {asked}", file=sys.stderr)
-            yield dict(at=at, skipped=str(asked))
+    items = torch.utils.data.Subset(EvaluationSet(dataset, conditions), todo)
+    loader = torch.utils.data.DataLoader(items, batch_size=None, num_workers=workers, collate_fn=unchanged,
+                                         prefetch_factor=2 if workers else None)
+    for at, item in zip(todo, loader):
+        if isinstance(item, data.SampleError):
+            if dataset.skip(item):
+                print(f"skipped: {item}", file=sys.stderr)
+            yield dict(at=at, skipped=str(item))
             continue
-        truth, scores, gates = torch.from_numpy(asked["masks"]), {}, {}
+
+        images, points, boxes = item["images"], item["points"], item["boxes"]
+        truth = torch.from_numpy(item["masks"])
+        scores, gates = {}, {}
         for name, model in models.items():
-            given = answers(model, asked["images"], asked["points"], asked["boxes"], batch_size, amp)
-            for condition, answer in zip(conditions, given):
-                if "gates" in answer:
-                    gates.setdefault(name, {})[condition] = answer.pop("gates")
-                scores.setdefault(name, {})[condition] = {
-                    prompt: mask_scores(masks, truth.to(masks.device)).round(6).tolist()
-                    for prompt, masks in answer.items()}
-        yield dict(at=at, name=asked["name"], size=list(truth.shape[1:]), indices=asked["indices"],
-                   areas=truth.sum((1, 2)).tolist(), scores=scores, gates=gates)
+            scores[name] = {}
+            predicted = predictions(model, images, points, boxes, batch_size, amp)
+            for condition, prediction in zip(conditions, predicted):
+                scores[name][condition] = {}
+                for prompt in PROMPTS:
+                    masks = prediction[prompt]
+                    values = mask_scores(masks, truth.to(masks.device))
+                    scores[name][condition][prompt] = values.round(6).tolist()
+                if "gates" in prediction:
+                    gates.setdefault(name, {})[condition] = prediction["gates"]
+        yield dict(
+            at=at,
+            name=item["name"],
+            size=list(truth.shape[1:]),
+            indices=item["indices"],
+            areas=truth.sum((1, 2)).tolist(),
+            scores=scores,
+            gates=gates)
 
 
-def shared(args, models, dataset, number):
-    """`evaluate`, the pictures shared by all processes and every row kept in a file at once: (rows in order, files).
+def evaluate_shared(args, models, dataset, number):
+    """`evaluate`, the images shared by all processes and every row kept in a file at once: (rows in order, files).
 
-    The files, args.out/unfinished-NUMBER-KEY-PROCESS.jsonl, are named after all that the rows depend on. What a run
-    that was interrupted left there is taken over, however many processes it had. Rows go to the first process alone.
+    The files, args.out/unfinished-NUMBER-KEY-RANK.jsonl, are named after all that the rows depend on. What a run that
+    was interrupted left there is taken over, however many processes it had. Rows go to the first process alone.
     """
-    about = dict(root=dataset.root, split=dataset.split, kind=dataset.kind, conditions=args.conditions, amp=args.amp,
-                 names=[sample.name for sample in dataset], models=list(models), batch_size=args.batch_size,
-                 device=torch.device(args.device).type, torch=torch.__version__,
-                 files=[digest(path) for path in (*args.ckpt, *(spec.rpartition(":")[0] for spec in args.predictor),
-                                                  *(args.prompts or ())) if path != "sam"],
-                 base=gara.fingerprint(models["SAM"]))
-    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
-    files = os.path.join(args.out, f"unfinished-{number}-{key}-")
+    files = os.path.join(args.out, f"unfinished-{number}-{key_of(args, models, dataset)}-")
     pattern = glob.escape(files) + "*.jsonl"
     done, _ = read_rows(pattern)
     wait_for_all()  # nobody may write before everybody has read
-    mine = [at for at in range(len(dataset)) if at not in done][args.process::args.processes]
-    own = f"{files}{args.process}.jsonl"
-    if args.process == 0 and done:
+    if args.rank == 0 and done:
         print(f"{len(done):,} of {len(dataset):,} pictures of {dataset.root} were measured before", file=sys.stderr)
-    before, _ = read_rows(glob.escape(own))
-    data.save_text("".join(json.dumps(row) + "\n" for row in before.values()), own)  # without a line cut short
-    progress = data.Progress(f"evaluating {len(models)} models in {len(args.conditions)} conditions", len(mine))
+
+    own = f"{files}{args.rank}.jsonl"
+    kept, _ = read_rows(glob.escape(own))
+    data.save_text("".join(json.dumps(row) + "\n" for row in kept.values()), own)  # without a line cut short
+    todo = [at for at in range(len(dataset)) if at not in done][args.rank::args.world_size]
+    progress = data.Progress(f"evaluating {len(models)} models in {len(args.conditions)} conditions", len(todo))
     with open(own, "a") as file:
-        for row in evaluate(models, dataset, args.conditions, args.batch_size, args.amp, args.workers, mine):
+        for row in evaluate(models, dataset, args.conditions, args.batch_size, args.amp, args.workers, todo):
             file.write(json.dumps(row) + "\n")
             file.flush()
             progress.update()
     progress.close()
+
     wait_for_all()
-    rows, paths = read_rows(pattern) if args.process == 0 else ({}, [])
+    if args.rank:
+        return [], []
+    rows, paths = read_rows(pattern)
     return [rows[at] for at in sorted(rows)], paths
 
 
+def key_of(args, models, dataset):
+    """A short digest of all that the rows of `evaluate` depend on."""
+    plugged = [spec.rpartition(":")[0] for spec in args.predictor]
+    paths = [*args.ckpt, *plugged, *(args.prompts or ())]
+    about = dict(
+        root=dataset.root,
+        split=dataset.split,
+        kind=dataset.kind,
+        conditions=args.conditions,
+        amp=args.amp,
+        names=[sample.name for sample in dataset],
+        models=list(models),
+        batch_size=args.batch_size,
+        device=torch.device(args.device).type,
+        torch=torch.__version__,
+        files=[digest(path) for path in paths if path != "sam"],
+        base=gara.fingerprint(models["SAM"]))
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+
+
 def read_rows(pattern):
-    """({number of the picture: its row}, the files), from all files of a pattern; a line cut short is left out."""
-    rows, paths = {}, glob.glob(pattern)
+    """({number of the image: its row}, the files), from all files of a pattern; a line cut short is left out."""
+    rows = {}
+    paths = glob.glob(pattern)
     for path in paths:
         with open(path) as file:
-            rows |= {row["at"]: row for row in map(json.loads, (line for line in file if line.endswith("\n")))}
+            for line in file:
+                if line.endswith("\n"):
+                    row = json.loads(line)
+                    rows[row["at"]] = row
     return rows, paths
 
 
 def digest(path):
-    """Of a file's content."""
+    """Hex digest of a file's content."""
     with open(path, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()
 
@@ -266,19 +345,76 @@ def wait_for_all():
         dist.barrier()
 
 
+def measure(args, models, about, backbone):
+    """All scores: (the content of results.json, datasets, files to remove once it is safe), or None in all processes
+    but the first. The form of results.json:
+
+    format, data (roots), split, backbone, ckpt, prompts (files), amp, average, torch, machine, seconds, conditions;
+    models: {name: {file, method, options, learnable_parameters}};
+    means, intervals, differences: see `summarize`; by_data: the same of each root, where there are several;
+    skipped: a line for each image that could not be read;
+    images: [{data (root), name, size, indices, areas, scores, gates}, ...], see `evaluate`: every single score.
+    """
+    datasets = data.load_datasets(args.data, args.split, args.strict, args.prompts)
+    os.makedirs(args.out, exist_ok=True)
+    started = time.monotonic()
+    images, unfinished, skipped = [], [], []
+    for number, (root, dataset) in enumerate(zip(args.data, datasets)):
+        if args.limit:
+            dataset.samples = data.spread(dataset, args.limit)
+        rows, paths = evaluate_shared(args, models, dataset, number)
+        if args.rank:
+            continue
+        unfinished += paths
+        good = [dict(data=root, **row) for row in rows if "skipped" not in row]
+        for row in rows:
+            if "skipped" in row and row["skipped"] not in dataset.skipped:
+                dataset.skipped.append(row["skipped"])
+        if not good:
+            raise data.DatasetError(f"{dataset.summary()}: no sample could be read, nothing to measure")
+        images += good
+        skipped += dataset.skipped
+        print(dataset.summary())
+    if args.rank:
+        return None
+
+    results = dict(
+        format=FORMAT,
+        data=args.data,
+        split=args.split,
+        backbone=backbone,
+        ckpt=args.ckpt,
+        prompts=args.prompts,
+        amp=args.amp,
+        average=args.average or "masks",
+        torch=torch.__version__,
+        machine=platform.platform(),
+        seconds=round(time.monotonic() - started, 1),
+        conditions=args.conditions,
+        models=about,
+        skipped=skipped,
+        images=images)
+    count = sum(len(image["indices"]) for image in images)
+    print(f"{len(images):,} images, {count:,} masks, {len(args.conditions)} conditions; {backbone} on "
+          f"{args.world_size} x {args.device}, {results['seconds']:.0f} s\n")
+    return add_summaries(results), datasets, unfinished
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Means, their uncertainty, and tables.
+# Summarize: scores -> means, intervals, differences.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def plain(conditions):
-    """Those at the benchmark's own strength: "clear" and "fog", not "fog@0.5"."""
-    return [condition for condition in conditions if "@" not in condition]
-
-
-def corrupted(conditions):
-    """Those whose mean is "degraded"."""
-    return [condition for condition in plain(conditions) if condition != "clear"]
+def add_summaries(results):
+    """Adds to a results.json its means, intervals, differences, and by_data, the same of each of several roots."""
+    models = list(results["models"])
+    results |= summarize(results["images"], models, results["conditions"], results["average"])
+    results["by_data"] = {}
+    for root in results["data"]:
+        if len(results["data"]) > 1:
+            images = [image for image in results["images"] if image["data"] == root]
+            results["by_data"][root] = summarize(images, models, results["conditions"], results["average"])
+    return results
 
 
 def summarize(images, models, conditions, average="masks"):
@@ -289,123 +425,204 @@ def summarize(images, models, conditions, average="masks"):
     average: "masks", every mask counts alike, as in the paper's tables; "images", every image. Of fewer than two images
     intervals are as wide as can be: nothing is known.
     """
-    columns = [f"{prompt} {condition}" for prompt in PROMPTS for condition in conditions]
-    sums = np.array([[[np.sum(image["scores"][model][condition][prompt], axis=0) for prompt in PROMPTS
-                       for condition in conditions] for model in models] for image in images])
-    masks = np.array([len(image["indices"]) for image in images], float)
+    columns, sums = score_sums(images, models, conditions)
+    weights = np.array([len(image["indices"]) for image in images], float)  # masks of each image
     if average == "images":
-        sums, masks = sums / masks[:, None, None, None], np.ones(len(images))
-    bad = corrupted(conditions)
-    for prompt in PROMPTS if bad else ():
-        those = [columns.index(f"{prompt} {condition}") for condition in bad]
-        sums = np.concatenate([sums, sums[:, :, those].mean(2, keepdims=True)], axis=2)
-        columns.append(f"{prompt} degraded")
-    means = sums.sum(0) / masks.sum()  # (models, columns, metrics)
-    drawn, rng, at_once = [], np.random.default_rng(data.seed_of("bootstrap")), max(1, 10 ** 7 // len(images))
-    for first in range(0, DRAWS, at_once):
-        size = min(at_once, DRAWS - first)
-        counts = rng.multinomial(len(images), np.full(len(images), 1 / len(images)), size).astype(float)
-        drawn.append((counts @ sums.reshape(len(images), -1)).reshape(size, *means.shape)
-                     / (counts @ masks)[:, None, None, None])
-    drawn = np.concatenate(drawn)  # (draws, models, columns, metrics)
+        sums = sums / weights[:, None, None, None]
+        weights = np.ones(len(images))
+    means = sums.sum(0) / weights.sum()  # (models, columns, metrics)
+    drawn = bootstrap(sums, weights)  # (draws, models, columns, metrics)
+
     found = dict(means={}, intervals={}, differences={})
     for a, model in enumerate(models):
-        ends = np.moveaxis(np.percentile(drawn[:, a], (2.5, 97.5), axis=0), 0, -1)  # (columns, metrics, low and high)
-        ends = ends if len(images) > 1 else np.broadcast_to((0.0, 1.0), ends.shape)
+        interval = interval_of(drawn[:, a])
+        if len(images) < 2:
+            interval[:] = 0, 1
         found["means"][model] = dict(zip(columns, means[a].tolist()))
-        found["intervals"][model] = dict(zip(columns, ends.tolist()))
-        for b, other in enumerate(list(models)[:a]):
-            ends = np.moveaxis(np.percentile(drawn[:, a] - drawn[:, b], (2.5, 97.5), axis=0), 0, -1)
-            ends = ends if len(images) > 1 else np.broadcast_to((-1.0, 1.0), ends.shape)
-            both = np.concatenate([(means[a] - means[b])[..., None], ends], axis=-1)
-            found["differences"].setdefault(model, {})[other] = dict(zip(columns, both.tolist()))
+        found["intervals"][model] = dict(zip(columns, interval.tolist()))
+        for b, other in enumerate(models[:a]):
+            mean = means[a] - means[b]
+            interval = interval_of(drawn[:, a] - drawn[:, b])
+            if len(images) < 2:
+                interval[:] = -1, 1
+            triples = np.concatenate([mean[..., None], interval], axis=-1)
+            found["differences"].setdefault(model, {})[other] = dict(zip(columns, triples.tolist()))
     return found
 
 
-def summaries(results):
-    """[(root, what `summarize` gave), ...] of a results.json: of several roots each, and then of all."""
-    return [*results["by_data"].items(), ("all" if results["by_data"] else results["data"][0], results)]
+def score_sums(images, models, conditions):
+    """(columns, scores summed over each image's masks: (images, models, columns, metrics))."""
+    columns = [f"{prompt} {condition}" for prompt in PROMPTS for condition in conditions]
+    sums = np.empty((len(images), len(models), len(columns), len(METRICS)))
+    for i, image in enumerate(images):
+        for m, model in enumerate(models):
+            for c, column in enumerate(columns):
+                prompt, condition = column.split(" ")
+                sums[i, m, c] = np.sum(image["scores"][model][condition][prompt], axis=0)
+
+    degraded = degraded_conditions(conditions)
+    for prompt in PROMPTS if degraded else ():
+        which = [columns.index(f"{prompt} {condition}") for condition in degraded]
+        mean = sums[:, :, which].mean(2, keepdims=True)
+        sums = np.concatenate([sums, mean], axis=2)
+        columns.append(f"{prompt} degraded")
+    return columns, sums
+
+
+def bootstrap(sums, weights):
+    """Means of DRAWS samples of the images, drawn with replacement: (images, ...) and (images,) -> (draws, ...)."""
+    count = len(weights)
+    rng = np.random.default_rng(data.seed_of("bootstrap"))
+    at_once = max(1, 10 ** 7 // count)  # bounds the memory
+    drawn = []
+    for first in range(0, DRAWS, at_once):
+        size = min(at_once, DRAWS - first)
+        times = rng.multinomial(count, np.full(count, 1 / count), size)  # how often each image is drawn
+        times = times.astype(float)
+        totals = times @ sums.reshape(count, -1)
+        means = totals / (times @ weights)[:, None]
+        drawn.append(means.reshape(size, *sums.shape[1:]))
+    return np.concatenate(drawn)
+
+
+def interval_of(drawn):
+    """95 % of the draws: (draws, ...) -> (..., low and high)."""
+    return np.moveaxis(np.percentile(drawn, (2.5, 97.5), axis=0), 0, -1)
 
 
 def difference(summary, model, other, column, metric=0):
     """(mean, low, high) of model less other."""
-    if other in summary["differences"].get(model, {}):
-        return tuple(summary["differences"][model][other][column][metric])
-    mean, low, high = summary["differences"][other][model][column][metric]
+    differences = summary["differences"]
+    if other in differences.get(model, {}):
+        return tuple(differences[model][other][column][metric])
+    mean, low, high = differences[other][model][column][metric]
     return -mean, -high, -low
 
 
-def percent_of(mean, low, high):
-    """A mean, and half the width of its interval: "72.9 ±1.3"."""
-    return f"{100 * mean:.1f} ±{50 * (high - low):.1f}"
+def summaries(results):
+    """[(root, what `summarize` gave), ...] of a results.json: of several roots each, and then of all."""
+    if results["by_data"]:
+        return [*results["by_data"].items(), ("all", results)]
+    return [(results["data"][0], results)]
 
 
-def points_of(mean, low, high):
-    """A difference and its interval, "+4.3 [3.4, 5.2]"; in round brackets if it may as well be none."""
-    text = f"{100 * mean:+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    return text if low > 0 or high < 0 else f"({text})"
+def read_results(path):
+    """A results.json. ValueError in one line if it is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            results = json.load(file)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no results.json ({error})") from error
+    if not isinstance(results, dict) or results.get("format") != FORMAT:
+        raise ValueError(f"{path} is no results.json of this version ({FORMAT}): measure again")
+    return results
 
 
-def table(heads, rows, left=1):
-    """Markdown, with an empty line below; the first `left` columns are text."""
-    lines = ["| " + " | ".join(row) + " |" for row in (heads, *rows)]
-    lines.insert(1, "|---" * left + "|---:" * (len(heads) - left) + "|")
-    return "\n".join(lines) + "\n"
+def merge(parts):
+    """Several results.json {path: content} of the same prompts as one, so that their models stand side by side.
+
+    ValueError if they were not measured alike. A model that two files name alike is kept once where its scores are
+    equal, else named apart.
+    """
+    (first, whole), *others = copy.deepcopy(parts).items()
+    for path, part in others:
+        for key in ("split", "backbone", "conditions", "data", "average"):
+            if part[key] != whole[key]:
+                raise ValueError(f"{path}: {key} is {part[key]}, but {whole[key]} in {first}: measure both alike")
+        if list(map(identity, part["images"])) != list(map(identity, whole["images"])):
+            raise ValueError(f"{path}: its pictures or masks are not those of {first}")
+        pairs = list(zip(whole["images"], part["images"]))
+        for model, about in part["models"].items():
+            name = model
+            if model in whole["models"]:
+                if all(target["scores"][model] == source["scores"][model] for target, source in pairs):
+                    continue
+                name = f"{model} ({path})"
+            whole["models"][name] = about
+            for target, source in pairs:
+                target["scores"][name] = source["scores"][model]
+                if model in source["gates"]:
+                    target["gates"][name] = source["gates"][model]
+    return whole
 
 
-def print_tables(results, paper=None):
-    """The tables of a results.json, as Markdown. paper: the set whose published figures stand below ours."""
-    models, several = list(results["models"]), len(results["data"]) > 1
-    columns = [f"{prompt} {kind}" for prompt in PROMPTS for kind in ("degraded", "clear")
-               if f"{prompt} {kind}" in results["means"][models[0]]]
-    heads = ["data"] * several + ["model"] + [f"{c} {metric}" for c in columns for metric in METRICS]
-    rows = []
-    for root, summary in summaries(results):
-        for model in models:
-            cells = [root] * several + [model]
-            for column, metric in ((c, m) for c in columns for m in range(len(METRICS))):
-                text = percent_of(summary["means"][model][column][metric],
-                                  *summary["intervals"][model][column][metric])
-                best = len(models) > 1 and all(difference(summary, model, other, column, metric)[1] > 0
-                                               for other in models if other != model)
-                cells.append(f"**{text}**" if best else text)
-            rows.append(cells)
-    for (backbone, method), values in read_paper()[paper].items() if paper else ():
-        if backbone in ("", results["backbone"]):
-            cells = [""] * several + [f"{method} (paper)"]
-            for column in columns:
-                cells += [f"{value:.1f}" if value else "" for value in values.get(column, [None] * len(METRICS))]
-            rows.append(cells)
-    print(table(heads, rows, 1 + several))
-    print("±: half of the 95 % interval, by bootstrap over images." + (
-        " Bold: better than every other model here, by a paired interval." if len(models) > 1 else "") + "\n")
-    if len(models) > 1:
-        best = max(models, key=lambda model: results["means"][model][columns[0]][0])
-        pairs = [(model, models[0]) for model in models[1:]] + [
-            (best, model) for model in models[1:] if model != best and best != models[0]]
-        print(table(["IoU, difference on the same masks", *columns],
-                    [[f"{model} - {other}", *(points_of(*difference(results, model, other, column))
-                                              for column in columns)] for model, other in pairs]))
-        print("[95 % interval]; in round brackets: no larger than its noise.\n")
-    conditions = plain(results["conditions"])
-    if len(conditions) > 1:
-        rows = [[condition] + [f"{100 * results['means'][model][f'{prompt} {condition}'][0]:.1f}" for prompt in PROMPTS
-                               for model in models] for condition in conditions]
-        print(table(["IoU by condition", *(f"{prompt}: {model}" for prompt in PROMPTS for model in models)], rows))
+def identity(image):
+    """What must be equal for scores of two results.json to be compared: the image and its masks."""
+    return [image[key] for key in ("data", "name", "indices", "areas")]
 
 
-def as_csv(results):
-    """Every mean of a results.json, one on a line."""
-    file = io.StringIO()
-    lines = csv.writer(file, lineterminator="\n")
-    lines.writerow("data model prompt condition metric mean low high".split())
-    for root, summary in summaries(results):
-        for model, means in summary["means"].items():
-            for column, pair in means.items():
-                for metric, mean, (low, high) in zip(METRICS, pair, summary["intervals"][model][column]):
-                    numbers = (f"{value:.6f}" for value in (mean, low, high))
-                    lines.writerow([root, model, *column.split(" ", 1), metric, *numbers])
-    return file.getvalue()
+# The gates, from results.json.
+
+
+def gated_models(results):
+    """The models whose gates were recorded."""
+    names = set(results["models"])
+    for image in results["images"]:
+        names &= image["gates"].keys()
+    return [model for model in results["models"] if model in names]
+
+
+def unpack_gates(results, model, condition):
+    """A model's gates in a condition: of each layer (vectors bool (images, decisions, components), spaces (images,
+    decisions)). A layer decides once for an image, or once for each window."""
+    rank = 0
+    for key, value in results["models"][model]["options"].items():
+        if key.startswith("rank") or key == "experts":
+            rank += int(np.sum(value))
+    images = [image["gates"][model][condition] for image in results["images"]]
+    layers = []
+    for layer in range(len(images[0])):
+        codes, spaces = [], []
+        for image in images:
+            space, code = zip(*image[layer])
+            spaces.append(space)
+            codes.append([list(bytes.fromhex(digits)) for digits in code])
+        vectors = np.unpackbits(np.array(codes, np.uint8), axis=2, count=rank)
+        layers.append((vectors.astype(bool), np.array(spaces)))
+    return layers
+
+
+def open_components(results, model):
+    """How many components each layer opened for each image in each of the benchmark's conditions: float (conditions,
+    images, layers). Where windows decide: the mean over the image's windows."""
+    counts = []
+    for condition in benchmark_conditions(results["conditions"]):
+        layers = unpack_gates(results, model, condition)
+        counts.append([vectors.sum(2).mean(1) for vectors, _ in layers])  # (layers, images)
+    return np.array(counts).swapaxes(1, 2)
+
+
+def f_statistic(counts):
+    """One-way F of counts (conditions, images, layers), grouped by condition: (layers,).
+
+    F = (variance between the conditions' means x images) / (variance within the conditions). 0 where nothing varies,
+    infinite where counts vary between conditions only.
+    """
+    size = counts.shape[1]
+    means = counts.mean(1)  # (conditions, layers)
+    between = size * means.var(0, ddof=1)
+    within = counts.var(1, ddof=1).mean(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(between > 1e-12, between / within, 0.0)
+
+
+def permutation_test(counts, draws):
+    """p of `f_statistic` without a dependence on the condition: (conditions, images, layers) -> (layers,).
+
+    All conditions show the same images, so the conditions of each image are shuffled within it, `draws` times, seeded.
+    p = (1 + draws whose F is not below the observed) / (1 + draws).
+    """
+    rng = np.random.default_rng(data.seed_of("permutation test"))
+    observed = f_statistic(counts) * (1 - 1e-9)  # equal but for rounding counts as equal
+    not_below = np.zeros(counts.shape[2])
+    for _ in range(draws):
+        not_below += f_statistic(rng.permuted(counts, axis=0)) >= observed
+    return (1 + not_below) / (1 + draws)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables.
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "paper.csv")
@@ -431,224 +648,381 @@ def read_paper():
     return found
 
 
-def merge(parts):
-    """Several results.json of the same questions as one, so that their models stand side by side. ValueError if the
-    questions differ. A model that two files name alike is kept once where its scores are equal, else named apart."""
-    whole = copy.deepcopy(next(iter(parts.values())))
-    first = next(iter(parts))
-    for path, part in list(parts.items())[1:]:
-        for key in ("split", "backbone", "conditions", "data", "average"):
-            if part[key] != whole[key]:
-                raise ValueError(f"{path}: {key} is {part[key]}, but {whole[key]} in {first}: measure both alike")
-        images = zip(whole["images"], part["images"])
-        if len(whole["images"]) != len(part["images"]) or any(
-                mine[key] != other[key] for mine, other in images for key in ("data", "name", "indices", "areas")):
-            raise ValueError(f"{path}: its pictures or masks are not those of {first}")
-        for model, about in part["models"].items():
-            pairs = list(zip(whole["images"], part["images"]))
-            if model in whole["models"] and all(mine["scores"][model] == its["scores"][model] for mine, its in pairs):
-                continue
-            name = model if model not in whole["models"] else f"{model} ({path})"
-            whole["models"][name] = about
-            for mine, other in pairs:
-                for kind in ("scores", "gates"):
-                    if model in other[kind]:
-                        mine[kind][name] = other[kind][model]
-    return whole
+def mean_text(mean, low, high):
+    """A mean, and half the width of its interval: "72.9 ±1.3"."""
+    return f"{100 * mean:.1f} ±{50 * (high - low):.1f}"
 
 
-def add_summaries(results):
-    """Adds to a results.json its means, intervals, differences, and by_data, the same of each of several roots."""
-    groups = {root: [image for image in results["images"] if image["data"] == root] for root in results["data"]}
-    asked = list(results["models"]), results["conditions"], results["average"]
-    results |= summarize(results["images"], *asked)
-    results["by_data"] = {root: summarize(images, *asked) for root, images in groups.items() if len(groups) > 1}
-    return results
+def difference_text(mean, low, high):
+    """A difference and its interval, "+4.3 [3.4, 5.2]"; in round brackets if the interval holds 0."""
+    text = f"{100 * mean:+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return text if low > NOISE or high < -NOISE else f"({text})"
 
 
-def read_results(path):
-    """A results.json. ValueError in one line if it is none."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            results = json.load(file)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no results.json ({error})") from error
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
-        raise ValueError(f"{path} is no results.json of this version ({FORMAT}): measure again")
-    return results
+def table(heads, rows, left=1):
+    """Markdown, with an empty line below; the first `left` columns are text."""
+    lines = []
+    for cells in (heads, *rows):
+        lines.append(f"| {' | '.join(cells)} |")
+    rule = "|---" * left + "|---:" * (len(heads) - left)
+    lines.insert(1, rule + "|")
+    return "\n".join(lines) + "\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the models cost: the paper's Table 8.
-# ---------------------------------------------------------------------------------------------------------------------
+def print_tables(results, paper=None):
+    """The tables of a results.json, as Markdown. paper: the name in `read_paper` whose figures stand below ours."""
+    models = list(results["models"])
+    columns = []
+    for prompt in PROMPTS:
+        for kind in ("degraded", "clear"):
+            if f"{prompt} {kind}" in results["means"][models[0]]:
+                columns.append(f"{prompt} {kind}")
+
+    print(score_table(results, columns, paper))
+    better = " Bold: better than every other model here, by a paired interval." if len(models) > 1 else ""
+    print(f"±: half of the 95 % interval, by bootstrap over images.{better}\n")
+    if len(models) > 1:
+        print(difference_table(results, columns))
+        print("[95 % interval]; in round brackets: no larger than its noise.\n")
+    if len(benchmark_conditions(results["conditions"])) > 1:
+        print(condition_table(results))
+    if gated_models(results):
+        print(open_components_table(results))
 
 
-def costs(models, about, sample, amp, rounds=5):
-    """Print Table 8: a picture encoded and one box answered, by each model in turn, `rounds` times after a warm-up.
-    Returns it: {"heads": [...], "rows": [[...], ...]}.
-
-    Memory is a model's own weights and what the work takes beyond them, at its peak.
-    """
-    masks = sample.masks()
-    points, boxes = sample.prompts(masks)
-    image, device = sample.image(), models["SAM"].device
-    works = {name: functools.partial(lambda model: list(answers(model, [image], points[:1], boxes[:1], amp=amp)), model)
-             for name, model in models.items()}
+def score_table(results, columns, paper):
+    """Every model's means of every metric; below them the paper's."""
+    several = len(results["data"]) > 1
     rows = []
-    for name, row in race(works, device, rounds).items():
-        weights = is_sam(models[name]) and sum(t.numel() * t.element_size() for t in models[name].state_dict().values())
-        learnable, file = about[name]["learnable_parameters"], about[name]["file"]
-        size = f"{os.path.getsize(file) / 1e6:.1f}" if file else "-"
-        rows.append([name, f"{learnable:,}" if learnable else "-", size] + (
-            ["-", row["failed"]] if "failed" in row else
-            [megabytes(row["peak"], weights) if weights else "-", f"{1 / row['seconds']:.2f}"]))
-    heads = ["model", "learnable parameters", "file MB", "peak memory MB", "images/s"]
-    print(table(heads, rows))
-    print(f"One picture of {image.shape[1]} x {image.shape[0]} at a time, encoded, and one box answered; {device}, amp "
-          f"{amp}, {torch.get_num_threads()} threads, median of {rounds} interleaved rounds.")
-    pictures, predictor = [image] * 4, SamPredictor(models["SAM"])
-    done = race({"here": lambda: list(answers(models["SAM"], pictures, points, boxes, 4, amp)),
-                 "loop": lambda: list(ask(predictor, pictures, points, boxes))}, device, 1)
-    fast, slow = done["here"]["seconds"], done["loop"]["seconds"]
-    print(f"All {len(masks)} objects of 4 pictures by points and by boxes: {fast:.2f} s, and {slow:.2f} s by a plain "
-          f"loop of SamPredictor.predict, {slow / fast:.1f} times as long.\n")
-    return dict(heads=heads, rows=rows)
+    for root, summary in summaries(results):
+        for model in results["models"]:
+            cells = [root] * several + [model]
+            for column in columns:
+                for metric in range(len(METRICS)):
+                    cells.append(score_cell(summary, model, column, metric))
+            rows.append(cells)
+    for (backbone, method), values in read_paper()[paper].items() if paper else ():
+        if backbone in ("", results["backbone"]):
+            cells = [""] * several + [f"{method} (paper)"]
+            for column in columns:
+                printed = values.get(column, [None] * len(METRICS))
+                cells += [f"{value:.1f}" if value else "" for value in printed]
+            rows.append(cells)
+    heads = ["data"] * several + ["model"]
+    for column in columns:
+        heads += [f"{column} {metric}" for metric in METRICS]
+    return table(heads, rows, 1 + several)
+
+
+def score_cell(summary, model, column, metric):
+    """"72.9 ±1.3", in bold if better than every other model's, by the paired interval."""
+    mean = summary["means"][model][column][metric]
+    interval = summary["intervals"][model][column][metric]
+    text = mean_text(mean, *interval)
+    others = [other for other in summary["means"] if other != model]
+    lows = [difference(summary, model, other, column, metric)[1] for other in others]
+    return f"**{text}**" if lows and min(lows) > NOISE else text
+
+
+def difference_table(results, columns):
+    """IoU of every model less SAM's, and of the best model less every other's."""
+    first, *others = results["models"]
+    best = max(results["models"], key=lambda model: results["means"][model][columns[0]][0])
+    pairs = [(model, first) for model in others]
+    if best != first:
+        pairs += [(best, model) for model in others if model != best]
+    rows = []
+    for model, other in pairs:
+        cells = [difference_text(*difference(results, model, other, column)) for column in columns]
+        rows.append([f"{model} - {other}", *cells])
+    return table(["IoU, difference on the same masks", *columns], rows)
+
+
+def condition_table(results):
+    """IoU of every model in every condition."""
+    rows = [[condition] for condition in benchmark_conditions(results["conditions"])]
+    heads = ["IoU by condition"]
+    for prompt in PROMPTS:
+        for model, means in results["means"].items():
+            heads.append(f"{prompt}: {model}")
+            for row in rows:
+                row.append(f"{100 * means[f'{prompt} {row[0]}'][0]:.1f}")
+    return table(heads, rows)
+
+
+def open_components_table(results):
+    """The paper's Table a1: of all layers, images and conditions alike."""
+    rows = []
+    for model in gated_models(results):
+        counts = open_components(results, model)
+        rows.append([model, f"{counts.mean():.1f} ± {counts.std():.1f}", f"{counts.min():g}-{counts.max():g}"])
+    return table(["open components", "mean ± deviation", "range"], rows)
+
+
+def as_csv(results):
+    """Every mean of a results.json, one on a line."""
+    file = io.StringIO()
+    lines = csv.writer(file, lineterminator="\n")
+    lines.writerow("data model prompt condition metric mean low high".split())
+    for root, summary in summaries(results):
+        for model, means in summary["means"].items():
+            for column, scores in means.items():
+                prompt, condition = column.split(" ")
+                for metric, mean, interval in zip(METRICS, scores, summary["intervals"][model][column]):
+                    numbers = [f"{value:.6f}" for value in (mean, *interval)]
+                    lines.writerow([root, model, prompt, condition, metric, *numbers])
+    return file.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figures. Drawn on a page of twice the size, in whose pixels lengths are given, and halved at the end: smooth lines.
+# Axes: how all figures are drawn, train.py's curve too.
+# A page has twice the size of its figure, in whose pixels lengths are given, and is halved at the end: smooth lines.
 # ---------------------------------------------------------------------------------------------------------------------
 
-WIDTH, GREY, PALE, RED = 2800, "#777777", "#dddddd", "#d55e00"
-# A model's mark: a colour (Okabe and Ito's but yellow, too pale for lines) and a star (points, inner radius, turned by)
-INKS = ["#000000", "#e69f00", "#0072b2", "#009e73", RED, "#56b4e9", "#cc79a7", GREY]
-STARS = [(16, 1, 0), (4, 0.71, 45), (3, 0.5, 0), (4, 0.71, 0), (3, 0.5, 180), (4, 0.35, 45), (4, 0.35, 0), (6, 0.6, 0),
-         (5, 0.81, 0)]
-ORACLES = {"Oracle-Corrupt": ("#000000", (5, 0.4, 0)), "Oracle-Instance": ("#000000", (3, 0.25, 0))}
+WIDTH = 2800
+GREY, PALE, RED = "#777777", "#dddddd", "#d55e00"
+# By Okabe and Ito, for colour-blind readers too; without their yellow, too pale for lines
+COLOURS = ["#000000", "#e69f00", "#0072b2", "#009e73", RED, "#56b4e9", "#cc79a7", GREY]
+MARKS = ["circle", "square", "triangle", "diamond"]
 
 
-def styles_of(models):
-    """{model: (colour, star)}, no two alike among the first 72."""
-    return {model: (INKS[k % len(INKS)], STARS[k % len(STARS)]) for k, model in enumerate(models)}
+class Style(typing.NamedTuple):
+    """How a series is drawn: its colour, the mark at each point ("" for none), the width of its line (0 for none)."""
+    colour: str
+    mark: str = ""
+    width: int = 4
 
 
-def write(page, xy, text, size=34, anchor="la", room=None, angle=0, ink="black"):
-    """Text, cut to `room` wide. Turned by 90 degrees, its centre is at xy; turned by another angle, its end."""
-    font, text = ImageFont.load_default(size), text.replace("\N{MINUS SIGN}", "-")  # Pillow's font has no minus sign
+def styles_of(names, width=4):
+    """{name: Style}, no two alike among the first 32."""
+    styles = {}
+    for k, name in enumerate(names):
+        mark = MARKS[(k + k // len(COLOURS)) % len(MARKS)]
+        styles[name] = Style(COLOURS[k % len(COLOURS)], mark, width)
+    return styles
+
+
+def shades(count):
+    """So many colours from pale to dark blue, for the layers of a model from first to last."""
+    pale, dark = np.array([185, 220, 245]), np.array([0, 60, 130])
+    colours = []
+    for x in np.linspace(0, 1, count):
+        red, green, blue = np.int_(pale + x * (dark - pale))
+        colours.append(f"#{red:02x}{green:02x}{blue:02x}")
+    return colours
+
+
+def ticks(low, high, most=7):
+    """{value: its text}: round numbers, at most `most`, evenly spaced, that enclose low and high."""
+    for power in range(-6, 12):
+        for base in (1, 2, 5):
+            step = base * 10.0 ** power
+            first = math.floor(low / step + 1e-9)
+            last = max(math.ceil(high / step - 1e-9), first + 1)
+            if last - first < most:
+                return {step * k: f"{step * k:,.10g}" for k in range(first, last + 1)}
+    raise ValueError(f"no round numbers enclose {low} and {high}")
+
+
+@functools.cache
+def font_of(size):
+    return ImageFont.load_default(size)
+
+
+def write(page, xy, text, size=34, anchor="la", room=None, ink="black"):
+    """Text, cut to `room` pixels. anchor: which of its points lies at xy, as Pillow names them."""
+    text = text.replace("\N{MINUS SIGN}", "-")  # Pillow's font has no minus sign
+    font = font_of(size)
     while room and font.getlength(text) > room and len(text) > 4:
         text = text[:-4] + "..."
-    if not angle:
-        return ImageDraw.Draw(page).text(xy, text, ink, font, anchor)
-    strip = Image.new("L", (round(font.getlength(text)) + 8, round(1.4 * size)))
-    ImageDraw.Draw(strip).text((4, strip.height / 2), text, 255, font, "lm")
-    strip = strip.rotate(angle, Image.Resampling.BICUBIC, expand=True)
-    x, y = (strip.width / 2, strip.height / 2) if angle == 90 else (strip.width - size / 2, 0)
-    page.paste(ink, (round(xy[0] - x), round(xy[1] - y)), strip)
+    ImageDraw.Draw(page).text(xy, text, ink, font, anchor)
 
 
-def heading(page, title, results):
-    """The title and, in grey, the data that a figure shows. Returns the y below them."""
-    pictures = {(image["data"], image["name"]): len(image["indices"]) for image in results["images"]}
-    images, masks = len(pictures), sum(pictures.values())
-    shown = f"{', '.join(results['data'])[:70]}, {results['split']} split, {results['backbone']}; " \
-            f"images: {images:,}, masks: {masks:,}"
-    write(page, (40, 24), title, 48, room=page.width - 80)
-    write(page, (40, 90), shown, 34, room=page.width - 80, ink=GREY)
-    return 160
+def draw_mark(page, x, y, style, r):
+    """A mark of radius r in pixels, with a white rim that parts it from others."""
+    pen = ImageDraw.Draw(page)
+    circle = (x, y, 1.2 * r)  # around the corners
+    if style.mark == "circle":
+        pen.ellipse((x - r, y - r, x + r, y + r), style.colour, "white")
+    elif style.mark == "triangle":
+        pen.regular_polygon(circle, 3, 0, style.colour, "white")
+    elif style.mark == "square":
+        pen.regular_polygon(circle, 4, 0, style.colour, "white")
+    elif style.mark == "diamond":
+        pen.regular_polygon(circle, 4, 45, style.colour, "white")
 
 
-def save(page, bottom, path):
-    """Cuts the page off below `bottom`, halves it and writes it. Returns the path."""
+@dataclasses.dataclass
+class Axes:
+    """One panel: series of points between a horizontal and a vertical axis. `draw` puts it on a page."""
+    title: str
+    series: dict  # {name: [(x, y), ...]}; the Style of each name is given to `draw`
+    label: str = ""  # of the horizontal axis
+    xticks: dict = None  # {value: text}, as `ticks` makes them; None: round numbers that enclose the data
+    yticks: dict = None
+    pad: tuple = (0, 0)  # room beyond the first and last tick, horizontally and vertically, in the data's units
+    r: float = 11  # radius of the marks
+    whiskers: list = dataclasses.field(default_factory=list)  # [(name, (x, y), (x, y)), ...]: intervals, thin lines
+
+    def draw(self, page, frame, styles):
+        """Draw within frame (left, top, right, bottom), in pixels of the page. styles: {name: Style}."""
+        points = [point for series in self.series.values() for point in series]
+        points += [end for _, *ends in self.whiskers for end in ends]
+        xs, ys = zip(*points or [(0, 0)])
+        self.xticks = self.xticks or ticks(min(xs), max(xs))
+        self.yticks = self.yticks or ticks(min(ys), max(ys))
+        left, top, right, bottom = frame
+        widest = max(font_of(34).getlength(text) for text in self.yticks.values())
+        self.inner = (left + widest + 30, top + 60, right - 30, bottom - (120 if self.label else 75))
+
+        self.draw_ground(page)
+        pen = ImageDraw.Draw(page)
+        for name, *ends in self.whiskers:
+            pen.line([self.place(*end) for end in ends], styles[name].colour, 3)
+        for name, series in self.series.items():
+            style = styles[name]
+            places = [self.place(*point) for point in series]
+            if style.width and len(places) > 1:
+                pen.line(places, style.colour, style.width, "curve")
+            for x, y in places:
+                draw_mark(page, x, y, style, self.r)
+
+    def place(self, x, y):
+        """Data -> pixels of the page."""
+        left, top, right, bottom = self.inner
+        low, high = min(self.xticks) - self.pad[0], max(self.xticks) + self.pad[0]
+        across = (x - low) / (high - low)
+        low, high = min(self.yticks) - self.pad[1], max(self.yticks) + self.pad[1]
+        up = (y - low) / (high - low)
+        return left + across * (right - left), bottom - up * (bottom - top)
+
+    def draw_ground(self, page):
+        """Title, grid, the ticks' texts and the two axes."""
+        left, top, right, bottom = self.inner
+        pen = ImageDraw.Draw(page)
+        write(page, (left, top - 16), self.title, 38, "ls", right - left)
+        for value, text in self.yticks.items():
+            _, y = self.place(0, value)
+            pen.line((left, y, right, y), PALE, 2)
+            write(page, (left - 14, y), text, anchor="rm")
+        written = 0  # up to this x; of texts that would touch each other, only some are written
+        for value, text in self.xticks.items():
+            x, _ = self.place(value, 0)
+            pen.line((x, top, x, bottom), PALE, 2)
+            half = font_of(34).getlength(text) / 2
+            if x - half > written:
+                write(page, (x, bottom + 14), text, anchor="ma")
+                written = x + half + 12
+        pen.line((left, top, left, bottom, right, bottom), "black", 3)
+        write(page, ((left + right) / 2, bottom + 62), self.label, anchor="ma", room=right - left)
+
+
+def start_page(title, about, height, width=WIDTH):
+    """A white page with a title and, in grey, what it shows: (page, the y below them)."""
+    page = Image.new("RGB", (width, height), "white")
+    room = width - 80
+    write(page, (40, 24), title, 48, room=room)
+    write(page, (40, 90), about, 34, room=room, ink=GREY)
+    return page, 160
+
+
+def draw_legend(page, y, styles, columns=5):
+    """Marks, lines and names. Returns the y below them."""
+    width = (page.width - 40) // columns
+    for k, (name, style) in enumerate(styles.items()):
+        row, column = divmod(k, columns)
+        left, middle = 40 + column * width, y + 22 + 52 * row
+        if style.width:
+            ImageDraw.Draw(page).line((left, middle, left + 52, middle), style.colour, style.width)
+        draw_mark(page, left + 26, middle, style, 14)
+        write(page, (left + 66, middle), name, 36, "lm", width - 90)
+    return y + 70 + 52 * row
+
+
+def save_page(page, bottom, path):
+    """Cut the page off below `bottom`, halve it and write it as a PNG. Returns the path."""
     data.save_png(page.crop((0, 0, page.width, round(bottom))).reduce(2), path)
     return path
 
 
-def mark(page, x, y, style, r):
-    """A model's mark; of those that are not thin, a white rim parts them from others."""
-    ink, (points, inner, turn) = style
-    angles = np.arange(2 * points) * np.pi / points + np.radians(turn)
-    radii = r * np.where(np.arange(2 * points) % 2, inner, 1) * (1 if points > 5 else 1.25)
-    corners = zip(x + radii * np.sin(angles), y - radii * np.cos(angles))
-    ImageDraw.Draw(page).polygon(list(corners), ink, "white" if inner > 0.4 else ink)
+def draw_figure(path, title, about, panels, styles, columns=2, height=470, notes=()):
+    """A figure of panels (Axes) in so many columns, each `height` pixels high, below one legend. Returns the path.
+
+    about: a line below the title. styles: {name: Style}, for the legend in this order. notes: lines at the bottom.
+    """
+    rows = math.ceil(len(panels) / columns)
+    most = 400 + 52 * (len(styles) + len(notes)) + rows * height
+    page, top = start_page(title, about, most)
+    top = draw_legend(page, top, styles)
+    width = (WIDTH - 40) // columns
+    for k, panel in enumerate(panels):
+        row, column = divmod(k, columns)
+        left, upper = 20 + column * width, top + row * height
+        panel.draw(page, (left, upper, left + width, upper + height), styles)
+    bottom = top + rows * height + 20
+    for note in notes:
+        write(page, (40, bottom), note, room=WIDTH - 80, ink=GREY)
+        bottom += 52
+    return save_page(page, bottom + 20, path)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures. Each function takes a results.json's content and the path to write to, and returns the path.
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def legend(page, y, styles, x=150):
-    """Marks and names, in as many lines as they need. Returns the y below them."""
-    left = x
-    for name, (ink, star) in styles.items():
-        length = min(700, ImageFont.load_default(36).getlength(name))
-        if x + 66 + length > page.width - 40:
-            x, y = left, y + 52
-        ImageDraw.Draw(page).line((x, y + 22, x + 52, y + 22), ink, 4)
-        if star:
-            mark(page, x + 26, y + 22, (ink, star), 14)
-        write(page, (x + 66, y), name, 36, room=705)
-        x += 120 + length
-    return y + 70
+def figures(results, out):
+    """Draws every figure that the results allow into folder `out`. Returns the paths."""
+    os.makedirs(out, exist_ok=True)
+    several = len(benchmark_conditions(results["conditions"])) > 1
+    paths = []
+
+    def draw(name, figure, *model):
+        safe = "".join(c if c.isalnum() or c in "_-" else "_" for c in name)[:100]
+        paths.append(figure(results, *model, os.path.join(out, f"{safe}.png")))
+
+    if several:
+        draw("corruptions", figure_corruptions)
+    if strengths(results):
+        draw("strength", figure_strength)
+    for model in gated_models(results):
+        draw(f"gates_{model}", figure_gates, model)
+        draw(f"open_{model}", figure_open, model)
+        if several and len(results["images"]) > 1:
+            draw(f"dependence_{model}", figure_dependence, model)
+        if strengths(results):
+            draw(f"strength_gates_{model}", figure_strength_gates, model)
+    if len(temperatures(results)) > 1:
+        draw("temperature", figure_temperature)
+    return paths
 
 
-def ticks(low, high, most):
-    """Round numbers, at most `most`, that enclose low and high."""
-    for step in (base * 10.0 ** power for power in range(-3, 9) for base in (1, 2, 5)):
-        first, last = np.floor(low / step + 1e-9), np.ceil(high / step - 1e-9)
-        if max(last - first, 1) < most:
-            return [step * k for k in range(int(first), int(first + max(last - first, 1)) + 1)]
+def about_of(results):
+    """The line below a figure's title: the data that it shows."""
+    masks = {(image["data"], image["name"]): len(image["indices"]) for image in results["images"]}
+    return f"{', '.join(results['data'])[:70]}, {results['split']} split, {results['backbone']}; " \
+           f"images: {len(masks):,}, masks: {sum(masks.values()):,}"
 
 
-def panels(results, title, curves, styles, xs, labels, path, columns=4, high=470, pad=0.0, turned=False, r=11,
-           notes=()):
-    """A figure of equal axes side by side: curves {panel: {name: {x: y or (y, low, high)}}}; low to high is drawn as a
-    whisker. xs {x: text}: the ticks; pad: room at both ends; turned: xs are kinds, with long names, so no lines."""
-    values = [np.ravel(y) for panel in curves.values() for line in panel.values() for y in line.values()]
-    title += " (whiskers: 95 % intervals)" * any(len(value) > 1 for value in values)
-    ys, columns = ticks(min(map(min, values)), max(map(max, values)), 7), min(columns, len(curves))
-    rows, wide = -(-len(curves) // columns), (WIDTH - 150) // columns
-    page = Image.new("RGB", (WIDTH, 700 + 52 * (len(styles) + len(notes)) + rows * high), "white")
-    top, pen = legend(page, heading(page, title, results), styles), ImageDraw.Draw(page)
-    for k, (panel, lines) in enumerate(curves.items()):
-        x0, y0 = 150 + k % columns * wide, top + 60 + k // columns * high
-        x1, y1, end = x0 + wide - (50 if columns > 1 else 20), y0 + high - 110, 0
+def label_of(condition):
+    """A condition's name for readers."""
+    return condition.replace("_", " ").replace("degraded", "mean degraded")
 
-        def at(x, y):
-            return (x0 + (x1 - x0) * (x - min(xs) + pad) / (max(xs) - min(xs) + 2 * pad),
-                    y1 - (y1 - y0) * (y - ys[0]) / (ys[-1] - ys[0]))
 
-        write(page, (x0, y0 - 16), panel.replace("_", " "), 38, "ls", x1 - x0)
-        for y in ys:
-            pen.line((x0, at(0, y)[1], x1, at(0, y)[1]), PALE, 2)
-            if k % columns == 0:
-                write(page, (x0 - 14, at(0, y)[1]), f"{y:g}", anchor="rm")
-        for x, text in xs.items():
-            place, half = at(x + turned * pad, 0)[0], ImageFont.load_default(34).getlength(text) / 2
-            pen.line((place, y0, place, y1), PALE, 2)
-            if k + columns >= len(curves) and turned:
-                write(page, (at(x, 0)[0] + 20, y1 + 18), text, 36, angle=40)
-            elif k + columns >= len(curves) and place - half > end:  # of numbers too close, only some are written
-                write(page, (place, y1 + 14), text, anchor="ma")
-                end = place + half + 12
-        pen.line((x0, y0, x0, y1, x1, y1), "black", 3)
-        for name, line in lines.items():
-            ink, star = styles[name]
-            if not turned:
-                pen.line([at(x, np.ravel(y)[0]) for x, y in sorted(line.items())], ink, 5 if star else 3, "curve")
-            for x, value in line.items() if star else ():
-                y, *interval = np.ravel(value)
-                if interval:
-                    pen.line([at(x, interval[0]), at(x, interval[1])], ink, 3)
-                    for px, py in (at(x, end) for end in interval):
-                        pen.line((px - r / 2, py, px + r / 2, py), ink, 3)
-                mark(page, *at(x, y), styles[name], r)
-    write(page, (36, top + rows * high / 2), labels[1], 38, angle=90)
-    bottom = top + rows * high + (240 if turned else 70)
-    write(page, (WIDTH / 2, bottom - 50), labels[0], 38, "ma")
-    for k, note in enumerate(notes):
-        write(page, (40, bottom + 52 * k), note, 34, room=WIDTH - 80, ink=GREY)
-    return save(page, bottom + 52 * len(notes) + 20, path)
+def labels_of(results):
+    """Those of the benchmark's conditions, for the rows of a map."""
+    return [label_of(condition) for condition in benchmark_conditions(results["conditions"])]
 
 
 def percent(results, model, column):
-    """Mean IoU of a column as "point fog", and its interval: (IoU, low, high)."""
-    return tuple(100 * x for x in (results["means"][model][column][0], *results["intervals"][model][column][0]))
+    """Mean IoU of a column as "point fog", and its interval: (IoU, low, high) in percent."""
+    mean = results["means"][model][column][0]
+    low, high = results["intervals"][model][column][0]
+    return 100 * mean, 100 * low, 100 * high
+
+
+# Figure 2, with the oracles of Section 3.2.
+
+ORACLES = ("Oracle-Corrupt", "Oracle-Instance")
 
 
 def oracles(images, models, conditions):
@@ -659,142 +1033,142 @@ def oracles(images, models, conditions):
     {"point": {model: share of the choices in corruptions}, ...}}}. Of equal models the first is chosen.
     """
     found = {oracle: dict(iou={}, chosen={}) for oracle in ORACLES}
-    masks, bad = [len(image["indices"]) for image in images], np.array([c != "clear" for c in conditions])
+    masks = [len(image["indices"]) for image in images]
+    corrupted = np.array(conditions) != "clear"
     for prompt in PROMPTS:
-        scores = np.array([[[np.mean(image["scores"][model][condition][prompt], axis=0)[0] for image in images]
-                            for condition in conditions] for model in models])  # (models, conditions, images)
-        means = np.average(scores, axis=2, weights=masks)
-        instance = np.average(scores.max(0), axis=1, weights=masks)
-        for oracle, best, choice in zip(ORACLES, (means.max(0), instance), (means.argmax(0), scores.argmax(0))):
-            found[oracle]["iou"] |= {f"{prompt} {condition}": float(x) for condition, x in zip(conditions, best)}
-            if bad.any():
-                found[oracle]["iou"][f"{prompt} degraded"] = float(best[bad].mean())
-                found[oracle]["chosen"][prompt] = {m: float((choice[bad] == k).mean()) for k, m in enumerate(models)}
+        scores = image_ious(images, models, conditions, prompt)
+        means = np.average(scores, axis=2, weights=masks)  # (models, conditions)
+        of_images = np.average(scores.max(0), axis=1, weights=masks)  # (conditions,)
+        cases = ((means.max(0), means.argmax(0)), (of_images, scores.argmax(0)))
+        for oracle, (ious, choices) in zip(ORACLES, cases):
+            entry = found[oracle]
+            for condition, iou in zip(conditions, ious):
+                entry["iou"][f"{prompt} {condition}"] = float(iou)
+            if corrupted.any():
+                entry["iou"][f"{prompt} degraded"] = float(ious[corrupted].mean())
+                chosen = choices[corrupted]
+                entry["chosen"][prompt] = {model: float((chosen == k).mean()) for k, model in enumerate(models)}
     return found
 
 
+def image_ious(images, models, conditions, prompt):
+    """Mean IoU over each image's masks: (models, conditions, images)."""
+    ious = np.empty((len(models), len(conditions), len(images)))
+    for m, model in enumerate(models):
+        for c, condition in enumerate(conditions):
+            for i, image in enumerate(images):
+                scores = image["scores"][model][condition][prompt]
+                ious[m, c, i] = np.mean(scores, axis=0)[0]
+    return ious
+
+
 def figure_corruptions(results, path):
-    """Figure 2: IoU in each condition, a mark per model. Of several LoRAs it also shows the oracles: where ranks are
-    best for different corruptions, Oracle-Corrupt lies above them all in "mean degraded"; where they are best for
-    different images, Oracle-Instance lies higher still."""
-    conditions, models = plain(results["conditions"]), list(results["means"])
-    loras = [model for model in models if results["models"][model]["method"] == "lora"]
+    """Figure 2: a row per condition, a mark per model at its IoU. Of several LoRAs it also shows the oracles: where
+    ranks are best for different corruptions, Oracle-Corrupt lies right of them all in "mean degraded"; where they are
+    best for different images, Oracle-Instance lies further right still."""
+    conditions = benchmark_conditions(results["conditions"])
+    loras = [model for model in results["means"] if results["models"][model]["method"] == "lora"]
     best = oracles(results["images"], loras, conditions) if len(loras) > 1 else {}
-    styles = styles_of(models) | {oracle: ORACLES[oracle] for oracle in best}
-    xs = dict(enumerate(conditions)) | {len(conditions) + 0.4: "degraded"}  # set apart
-    step = min(0.2, 0.86 / len(styles))
-    curves = {f"{prompt} prompts": {name: {
-        k + (j - (len(styles) - 1) / 2) * step:
-            100 * best[name]["iou"][f"{prompt} {c}"] if name in best else percent(results, name, f"{prompt} {c}")
-        for k, c in xs.items()} for j, name in enumerate(styles)} for prompt in PROMPTS}
-    shares = {oracle: found["chosen"]["point"].items() for oracle, found in best.items()}
-    notes = [f"{oracle} chooses, by points: " + ", ".join(f"{model} {100 * share:.0f} %" for model, share in chosen)
-             for oracle, chosen in shares.items()]
-    xs = {k: c.replace("_", " ").replace("degraded", "mean degraded") for k, c in xs.items()}
-    return panels(results, "IoU by corruption", curves, styles, xs, ("", "IoU (%)"), path, 1,
-                  800, 0.5, True, min(14, 0.62 * step * 2630 / len(xs)), notes)
+    styles = styles_of(results["means"], width=0)
+    for oracle, mark in zip(best, ("square", "diamond")):
+        styles[oracle] = Style("#000000", mark, 0)
+
+    rows = {-k: condition for k, condition in enumerate([*conditions, "degraded"])}
+    step = min(0.2, 0.86 / len(styles))  # between the marks of a row
+    panels = []
+    for prompt in PROMPTS:
+        panel = Axes(f"from {prompt} prompts", {}, "IoU (%), and its 95 % interval", pad=(0, 0.5), r=9)
+        for k, name in enumerate(styles):
+            points = panel.series[name] = []
+            for row, condition in rows.items():
+                y = row + ((len(styles) - 1) / 2 - k) * step
+                if name in best:
+                    points.append((100 * best[name]["iou"][f"{prompt} {condition}"], y))
+                else:
+                    iou, low, high = percent(results, name, f"{prompt} {condition}")
+                    points.append((iou, y))
+                    panel.whiskers.append((name, (low, y), (high, y)))
+        panel.yticks = {row: label_of(condition) for row, condition in rows.items()}
+        panels.append(panel)
+    notes = []
+    for oracle, entry in best.items():
+        shares = [f"{model} {100 * share:.0f} %" for model, share in entry["chosen"]["point"].items()]
+        notes.append(f"{oracle} chooses, by points: {', '.join(shares)}")
+    height = 180 + round(max(60, 16 / step) * len(rows))
+    return draw_figure(path, "IoU by corruption", about_of(results), panels, styles, 2, height, notes)
+
+
+# Robustness: the same against the strength of each corruption. Not in the paper.
 
 
 def strengths(results):
-    """{corruption: {strength: condition}}, 0 being "clear"; {} where no condition names a strength."""
-    found = {name: {0.0: "clear"} for name in corrupted(results["conditions"])}
+    """[0, 0.5, 1, 2]: the strengths that all corruptions were taken in, 0 being "clear". [] if they tell nothing more
+    than the benchmark's own strength."""
+    corruptions = degraded_conditions(results["conditions"])
+    if not corruptions or "clear" not in results["conditions"]:
+        return []
+    found = [0.0]
     for condition in results["conditions"]:
         name, strength = data.name_and_strength(condition)
-        if name in found:
-            found[name][strength] = condition
-    return found if "clear" in results["conditions"] and any("@" in c for c in results["conditions"]) else {}
+        taken = [at_strength(corruption, strength) in results["conditions"] for corruption in corruptions]
+        if name == corruptions[0] and all(taken):
+            found.append(strength)
+    return sorted(found) if len(found) > 2 else []
 
 
-def by_strength(results, title, curves, styles, label, path):
-    """A panel per corruption and one for their mean, over strength. curves {corruption: {name: {strength: y}}}."""
-    xs = sorted({x for lines in curves.values() for line in lines.values() for x in line})
-    mean = {name: {x: np.mean([lines[name][x] for lines in curves.values()]) for x in xs
-                   if all(x in lines[name] for lines in curves.values())} for name in styles}
-    return panels(results, title, curves | {"mean of the corruptions": mean}, styles, {x: f"{x:g}" for x in xs},
-                  ("strength of the corruption (0: clear, 1: the benchmark's)", label), path)
+def at_strength(corruption, strength):
+    """The condition's name: "clear", "fog" or "fog@0.5"."""
+    return {0: "clear", 1: corruption}.get(strength, f"{corruption}@{strength:g}")
+
+
+def draw_by_strength(results, title, values, styles, path):
+    """A panel per corruption and one for their mean, a line per name in styles: values (corruptions, names, strengths)."""
+    values = np.concatenate([values, values.mean(0, keepdims=True)])
+    corruptions = [*degraded_conditions(results["conditions"]), "degraded"]
+    xticks = {x: f"{x:g}" for x in strengths(results)}
+    yticks = ticks(values.min(), values.max())
+    panels = []
+    for corruption, lines in zip(corruptions, values):
+        series = {}
+        for name, line in zip(styles, lines):
+            series[name] = list(zip(xticks, line))
+        panels.append(Axes(label_of(corruption), series, xticks=xticks, yticks=yticks))
+    note = "Horizontal: strength of the corruption (0: clear, 1: the benchmark's)."
+    return draw_figure(path, title, about_of(results), panels, styles, 4, 430, [note])
 
 
 def figure_strength(results, path):
-    """Robustness: IoU from points against the strength of each corruption. The slower a line falls, the better."""
-    styles = styles_of(results["means"])
-    curves = {name: {model: {x: percent(results, model, f"point {condition}")[0] for x, condition in taken.items()}
-                     for model in styles} for name, taken in strengths(results).items()}
-    return by_strength(results, "IoU by strength of the corruption, point prompts", curves, styles, "IoU (%)", path)
-
-
-def unpack_gates(results, model, condition):
-    """A model's gates in a condition: of each layer (vectors bool (images, decisions, components), spaces (images,
-    decisions)). A layer decides once for an image, or once for each window."""
-    options = results["models"][model]["options"]
-    rank = sum(np.sum(value) for key, value in options.items() if key.startswith("rank") or key == "experts")
-    layers = []
-    for of_images in zip(*(image["gates"][model][condition] for image in results["images"])):
-        codes, spaces = [], []
-        for decisions in of_images:
-            spaces.append([space for space, _ in decisions])
-            codes.append([np.frombuffer(bytes.fromhex(code), np.uint8) for _, code in decisions])
-        layers.append((np.unpackbits(np.array(codes), axis=2, count=int(rank)).astype(bool), np.array(spaces)))
-    return layers
+    """IoU from points against the strength of each corruption. The slower a line falls, the better."""
+    models, corruptions = results["means"], degraded_conditions(results["conditions"])
+    values = np.empty((len(corruptions), len(models), len(strengths(results))))
+    for c, corruption in enumerate(corruptions):
+        for s, strength in enumerate(strengths(results)):
+            column = "point " + at_strength(corruption, strength)
+            values[c, :, s] = [percent(results, model, column)[0] for model in models]
+    title = "IoU (%) by strength of the corruption, from points"
+    return draw_by_strength(results, title, values, styles_of(models), path)
 
 
 def figure_strength_gates(results, model, path):
     """How the gates follow the strength: components of an image's vector that differ from its own clear one, mean over
     images. A thin line per layer, from pale (first) to dark (last); black: the mean over layers."""
-    clear, curves = unpack_gates(results, model, "clear"), {}
-    layers = {f"layer {k}": k for k in range(len(clear))}
-    for name, taken in strengths(results).items():
-        flips = {}
-        for x, condition in taken.items():
-            pairs = zip(unpack_gates(results, model, condition), clear)
-            flips[x] = np.array([(now != before).sum(2).mean() for (now, _), (before, _) in pairs])
-        curves[name] = {layer: {x: flip[k] for x, flip in flips.items()} for layer, k in layers.items()}
-        curves[name]["mean over layers"] = {x: flip.mean() for x, flip in flips.items()}
-    fade = 1 - np.arange(len(layers)) / max(1, len(layers) - 1)
-    styles = {layer: (tuple(np.int_(np.array([0, 60, 130]) + fade[k] * np.array([185, 160, 115])).tolist()), None)
-              for layer, k in layers.items()} | {"mean over layers": (INKS[0], STARS[0])}
-    return by_strength(results, f"Gates of {model}: components that differ from the clear image's", curves, styles,
-                       "components that differ", path)
+    clear = unpack_gates(results, model, "clear")
+    corruptions = degraded_conditions(results["conditions"])
+    values = np.empty((len(corruptions), len(clear), len(strengths(results))))
+    for c, corruption in enumerate(corruptions):
+        for s, strength in enumerate(strengths(results)):
+            layers = unpack_gates(results, model, at_strength(corruption, strength))
+            for layer in range(len(clear)):
+                differ = layers[layer][0] != clear[layer][0]  # (images, decisions, components)
+                values[c, layer, s] = differ.sum(2).mean()
+    values = np.concatenate([values, values.mean(1, keepdims=True)], axis=1)
+    styles = {f"layer {k}": Style(shade, width=3) for k, shade in enumerate(shades(len(clear)))}
+    styles["mean over layers"] = Style("#000000", "circle")
+    title = f"Gates of {model}: components that differ from the clear image's"
+    return draw_by_strength(results, title, values, styles, path)
 
 
-def figure_gates(results, model, path):
-    """Figure 6 over all images: a block per layer, a row per condition, a column per component, the lower-rank set
-    left of the red line; the darker, the more images have it on. Rows that differ show that the gates answer to the
-    corruption, grey that they answer to the image. Right: mean number of components on; share of images in the
-    higher-rank set."""
-    conditions, low = plain(results["conditions"]), results["models"][model]["options"].get("rank_low", 0)
-    unpacked = [unpack_gates(results, model, condition) for condition in conditions]
-    on = np.array([[vectors.mean((0, 1)) for vectors, _ in layers] for layers in unpacked])  # (conditions, layers, r)
-    higher = np.array([[spaces.mean() for _, spaces in layers] for layers in unpacked])  # (conditions, layers)
-    (_, layers, rank), line, left, gap = on.shape, 38, 330, 20 if low else 0
-    cell = max(2, 870 // rank)  # two blocks side by side; at least one pixel of the halved page
-    pitch, block = cell * rank + gap + 340, line * len(on) + 110
-    page = Image.new("RGB", (max(WIDTH, left + 2 * pitch), 300 + -(-layers // 2) * block), "white")
-    y, pen = heading(page, f"Gates of {model}: how often a component is on", results), ImageDraw.Draw(page)
-    page.paste(Image.fromarray(np.tile(np.uint8(255 - np.arange(768) // 3), (30, 1))), (left, y))
-    pen.rectangle((left, y, left + 768, y + 30), None, GREY, 2)
-    write(page, (left - 14, y + 15), "never", anchor="rm")
-    sets = f"{low} of the lower-rank set | {rank - low} of the higher-rank set" if low else f"{rank} components"
-    write(page, (left + 784, y + 15), f"in all images. Columns: {sets}. Right: means over images", anchor="lm",
-          room=page.width - left - 800)
-    for layer in range(layers):
-        x, top = left + layer % 2 * pitch, y + 120 + layer // 2 * block
-        greys = Image.fromarray(np.uint8(255 - np.round(255 * on[:, layer])))
-        for first, last, x0 in (*[(0, low, x)] * (low > 0), (low, rank, x + cell * low + gap)):
-            x1, bottom = x0 + cell * (last - first), top + line * len(on)
-            part = greys.crop((first, 0, last, len(on))).resize((x1 - x0, bottom - top), Image.Resampling.NEAREST)
-            page.paste(part, (x0, top))
-            pen.rectangle((x0, top, x1, bottom), None, GREY, 2)
-        if low:
-            pen.line((x + cell * low + gap / 2, top, x + cell * low + gap / 2, bottom), RED, 6)
-        heads = [("count", on[:, layer].sum(1), "{:.1f}"), ("higher", 100 * higher[:, layer], "{:.0f} %")]
-        write(page, (x, top - 12), f"layer {layer}", 38, "ls")
-        for k, (head, values, form) in enumerate(heads if low else heads[:1]):
-            write(page, (x1 + 130 + 140 * k, top - 12), head, 32, "rs")
-            for row, value in enumerate(values):
-                write(page, (x1 + 130 + 140 * k, top + line * (row + 0.5)), form.format(value), 32, "rm")
-        for row, condition in enumerate(conditions if layer % 2 == 0 else ()):
-            write(page, (x - 16, top + line * (row + 0.5)), condition.replace("_", " "), 32, "rm", left - 30)
-    return save(page, bottom + 40, path)
+# Figure 5.
 
 
 def temperatures(results):
@@ -802,109 +1176,230 @@ def temperatures(results):
     groups = {}
     for model, about in results["models"].items():
         if about["method"] == "gara":
-            ranks = tuple(about["options"][key] for key in ("rank_low", "rank_high", "scope"))
-            groups.setdefault(ranks, {}).setdefault(about["options"]["temperature"], model)
+            options = dict(about["options"])
+            temperature = options.pop("temperature")
+            groups.setdefault(str(sorted(options.items())), {}).setdefault(temperature, model)
     return max(groups.values(), key=len, default={})
 
 
 def figure_temperature(results, path):
     """Figure 5: IoU against the temperature that GaRA's Gumbel-Sigmoid was trained with. Flat: it matters little."""
-    models, kinds = temperatures(results), ["clear", "degraded"] if len(plain(results["conditions"])) > 1 else ["clear"]
-    curves = {f"{prompt} prompts": {kind: {np.log(t): percent(results, models[t], f"{prompt} {kind}") for t in models}
-                                    for kind in kinds} for prompt in PROMPTS}
-    xs = {np.log(t): f"{t:g}" for t in sorted(models)}
-    return panels(results, "IoU by temperature of GaRA's gates", curves,
-                  dict(zip(kinds, ((INKS[2], STARS[0]), (RED, STARS[1])))), xs, ("temperature in training (log scale)",
-                  "IoU (%)"), path, 2, 800, 0.08 * (max(xs) - min(xs)), r=14)
+    styles = {"clear": Style(COLOURS[2], "circle")}
+    if degraded_conditions(results["conditions"]):
+        styles["degraded"] = Style(RED, "square")
+    models = dict(sorted(temperatures(results).items()))
+    xticks = {math.log(t): f"{t:g}" for t in models}
+    panels = []
+    for prompt in PROMPTS:
+        title = f"from {prompt} prompts: IoU (%), and its 95 % interval"
+        panel = Axes(title, {}, "temperature in training", xticks, pad=(0.2, 0))
+        for kind in styles:
+            points = panel.series[kind] = []
+            for x, model in zip(xticks, models.values()):
+                iou, low, high = percent(results, model, f"{prompt} {kind}")
+                points.append((x, iou))
+                panel.whiskers.append((kind, (x, low), (x, high)))
+        panels.append(panel)
+    return draw_figure(path, "IoU by temperature of GaRA's gates", about_of(results), panels, styles, 2, 800)
 
 
-# Okabe and Ito's colours, told apart by colour-blind readers
-COLOURS = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)]
+# Figure 6, and the appendix's Figures a1 and a2: what the gates do.
 
 
-def paint(image, masks, scale):
-    """The picture, enlarged, with each object tinted in its colour: a Pillow image."""
+def draw_map(page, corner, cell, values, labels=()):
+    """A map of cells (width, height) from a corner (left, top): values (rows, columns) from 0, white, to 1, black.
+    labels: of the rows, to its left."""
+    left, top = corner
+    rows, columns = values.shape
+    size = (columns * cell[0], rows * cell[1])
+    greys = Image.fromarray(np.uint8(255 - np.round(255 * values)))
+    page.paste(greys.resize(size, Image.Resampling.NEAREST), corner)
+    frame = (left, top, left + size[0], top + size[1])
+    ImageDraw.Draw(page).rectangle(frame, None, GREY, 2)
+    for row, label in enumerate(labels):
+        y = top + cell[1] * (row + 0.5)
+        write(page, (left - 16, y), label, 32, "rm")
+
+
+def figure_gates(results, model, path):
+    """Figure 6 over all images: a block per layer, a row per condition, a column per component, the lower-rank set
+    left of the red line; the darker, the more images have it on. Rows that differ show that the gates answer to the
+    corruption, grey that they answer to the image. Right of a block: the share of images in the higher-rank set."""
+    low = results["models"][model]["options"].get("rank_low", 0)
+    labels = labels_of(results)
+    on, higher = [], []
+    for condition in benchmark_conditions(results["conditions"]):
+        layers = unpack_gates(results, model, condition)
+        on.append([vectors.mean((0, 1)) for vectors, _ in layers])
+        higher.append([spaces.mean() for _, spaces in layers])
+    on = np.insert(on, low, 0, axis=2)  # (conditions, layers, components and the red line)
+    rows, depth, columns = on.shape
+
+    cell = max(2, 1030 // columns)  # two blocks side by side; at least one pixel of the halved page
+    left, line = 330, 38
+    width, height = cell * columns + 190, line * rows + 110
+    about = f"{about_of(results)}. White: never on, black: in all images; percent: images in the higher-rank set"
+    most = 300 + math.ceil(depth / 2) * height
+    page, top = start_page(f"Gates of {model}", about, most, max(WIDTH, left + 2 * width))
+    for layer in range(depth):
+        x = left + layer % 2 * width
+        y = top + 60 + layer // 2 * height
+        write(page, (x, y - 12), f"layer {layer}", 38, "ls")
+        draw_map(page, (x, y), (cell, line), on[:, layer], labels if x == left else ())
+        if low:
+            middle = x + cell * (low + 0.5)
+            ImageDraw.Draw(page).line((middle, y, middle, y + line * rows), RED, 6)
+            for row in range(rows):
+                share = f"{100 * higher[row][layer]:.0f} %"
+                write(page, (x + cell * columns + 110, y + line * (row + 0.5)), share, 32, "rm")
+    return save_page(page, y + height - 70, path)
+
+
+def figure_open(results, model, path):
+    """Figure a1: mean number of open components in each layer (columns) and condition (rows)."""
+    means = open_components(results, model).mean(1)  # (conditions, layers)
+    rows, layers = means.shape
+    title = f"Open components of {model}: mean over images"
+    page, top = start_page(title, about_of(results), 300 + 56 * rows)
+    left, top = 330, top + 60
+    width = (WIDTH - left - 40) // layers
+    shade = 0.8 * (means - means.min()) / max(np.ptp(means), 1)
+    draw_map(page, (left, top), (width, 56), shade, labels_of(results))
+    write(page, (left - 16, top - 14), "layer", anchor="rs")
+    for layer in range(layers):
+        x = left + width * (layer + 0.5)
+        write(page, (x, top - 14), str(layer), anchor="ms")
+        for row in range(rows):
+            y = top + 56 * (row + 0.5)
+            ink = "white" if shade[row, layer] > 0.45 else "black"
+            write(page, (x, y), f"{means[row, layer]:.1f}", min(32, width // 3), "mm", ink=ink)
+    return save_page(page, page.height - 40, path)
+
+
+def figure_dependence(results, model, path):
+    """Figure a2: how strongly each layer's number of open components depends on the corruption: F over the images,
+    grouped by condition, and the probability p of such an F were there no dependence."""
+    counts = open_components(results, model)
+    f, p = f_statistic(counts), permutation_test(counts, DRAWS)
+    layers = range(len(f))
+    name, limit = "open components", "p = 0.05"
+    styles = {name: Style(COLOURS[2], "circle", 0), limit: Style(RED)}
+
+    finite = [(layer, f[layer]) for layer in layers if np.isfinite(f[layer])]
+    highest = max([value for _, value in finite], default=1)
+    left = Axes("F statistic", {name: finite}, "layer", yticks=ticks(0, highest))
+    logs = [(layer, math.log10(p[layer])) for layer in layers]
+    line = [(layer, math.log10(0.05)) for layer in (-0.5, len(f) - 0.5)]
+    right = Axes("p", {name: logs, limit: line}, "layer", yticks={-k: f"{10.0 ** -k:g}" for k in range(5)})
+    for panel in (left, right):
+        panel.xticks = {layer: str(layer) for layer in layers}
+        panel.pad = (0.5, 0)
+
+    title = f"{model}: does the number of open components depend on the corruption?"
+    note = f"p by {DRAWS:,} permutations of the conditions within each image: at least {1 / (DRAWS + 1):.4f}."
+    return draw_figure(path, title, about_of(results), [left, right], styles, 2, 800, [note])
+
+
+# Figure 4.
+
+TINTS = [ImageColor.getrgb(colour) for colour in COLOURS[1:-1]]
+
+
+def tinted(image, masks, scale):
+    """The image, enlarged, with each object tinted in its colour: a Pillow image."""
     canvas = image.astype(np.float32)
     for k, mask in enumerate(masks):
-        canvas[mask] = 0.35 * canvas[mask] + 0.65 * np.array(COLOURS[k % len(COLOURS)])
-    size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
-    return Image.fromarray(canvas.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        tint = np.array(TINTS[k % len(TINTS)])
+        canvas[mask] = 0.35 * canvas[mask] + 0.65 * tint
+    height, width = image.shape[:2]
+    size = (round(width * scale), round(height * scale))
+    return Image.fromarray(np.uint8(canvas)).resize(size, Image.Resampling.BICUBIC)
 
 
-def picture(kept, models, path, title="Masks from three points"):
-    """Figure 4: rows of the degraded picture with its points, the truth, each model's masks from the points with their
-    mean IoU. An object has one colour throughout its row. kept: see `samples_to_show`; label is a row's remark."""
-    tile, pitch, titles, top = 480, 500, ["input and points", "truth", *models], 186
-    scales = [tile / max(row["image"].shape[:2]) for row in kept]
-    page = Image.new("RGB", (len(titles) * pitch + 60, 220 + len(kept) * (tile + 140)), "white")
-    write(page, (40, 30), title, 48, room=page.width - 80)
-    for c, text in enumerate(titles):
-        write(page, (40 + c * pitch + tile / 2, 120), text, 40, "ma", tile)
-    for row, scale in zip(kept, scales):
+def figure_samples(rows, models, path, title="Masks from three points"):
+    """Figure 4: rows of the degraded image with its points, the truth, each model's masks from the points with their
+    mean IoU. An object has one colour throughout its row. rows: see `predict_samples`."""
+    tile, pitch = 480, 500
+    heads = ["input and points", "truth", *models]
+    page, top = start_page(title, "", 220 + len(rows) * (tile + 140), len(heads) * pitch + 60)
+    for k, head in enumerate(heads):
+        write(page, (40 + k * pitch + tile / 2, 120), head, 40, "ma", tile)
+    top += 26
+    for row in rows:
+        scale = tile / max(row["image"].shape[:2])
         masks = [[], row["truth"], *(row["predictions"][model] for model in models)]
-        texts = [row["condition"].replace("_", " "), f"objects: {len(row['truth'])}",
-                 *(f"IoU {100 * row['iou'][model]:.1f} %" for model in models)]
-        for c, (these, text) in enumerate(zip(masks, texts)):
-            view, x = paint(row["image"], these, scale), 40 + c * pitch + tile / 2
-            dots = ImageDraw.Draw(view)
-            for k, clicks in enumerate(row["points"] if c == 0 else ()):
-                for px, py in (clicks + 0.5) * scale:
-                    dots.ellipse((px - 11, py - 11, px + 11, py + 11), COLOURS[k % len(COLOURS)], "white", 4)
-            page.paste(view, (round(x - view.width / 2), top))
-            write(page, (x, top + view.height + 8), text, 34, "ma", tile)
-        write(page, (40 + tile / 2, top + view.height + 50), row["label"], 34, "ma", tile, ink=GREY)
-        top += view.height + (134 if row["label"] else 90)
-    return save(page, top, path)
+        texts = [label_of(row["condition"]), f"objects: {len(row['truth'])}"]
+        texts += [f"IoU {100 * row['iou'][model]:.1f} %" for model in models]
+        for k, text in enumerate(texts):
+            view = tinted(row["image"], masks[k], scale)
+            if k == 0:
+                draw_points(view, row["points"], scale)
+            middle = 40 + k * pitch + tile / 2
+            page.paste(view, (round(middle - view.width / 2), top))
+            write(page, (middle, top + view.height + 8), text, 34, "ma", tile)
+        top += view.height + 50
+        write(page, (40 + tile / 2, top), row["label"], 34, "ma", tile, ink=GREY)
+        top += 84 if row["label"] else 40
+    return save_page(page, top, path)
 
 
-def samples_to_show(results, models, datasets, args, rows=6):
-    """For `picture`: those where the last model gains least, middling and most over the first, by points, each of
-    another picture and corruption as far as they last. One model alone: where it is worst, middling and best."""
-    names, bad = list(models), corrupted(results["conditions"]) or ["clear"]
+def draw_points(view, points, scale):
+    """The three points of each object (M, 3, 2), in its colour."""
+    pen = ImageDraw.Draw(view)
+    for k, clicks in enumerate(points):
+        tint = TINTS[k % len(TINTS)]
+        for x, y in (clicks + 0.5) * scale:
+            pen.ellipse((x - 11, y - 11, x + 11, y + 11), tint, "white", 4)
 
-    def iou(image, model, condition):
-        return float(np.mean(image["scores"][model][condition]["point"], axis=0)[0])
 
-    ranked = sorted((iou(image, names[-1], condition) - (iou(image, names[0], condition) if len(names) > 1 else 0), k,
-                     condition) for k, image in enumerate(results["images"]) for condition in bad)
-    middle = sorted(range(len(ranked)), key=lambda place: abs(place - (len(ranked) - 1) / 2))
-    ends = dict(least=ranked, middling=[ranked[place] for place in middle], most=ranked[::-1])
+def choose_samples(results, rows=6):
+    """[(kind, gain, number of the image, condition), ...]: where the last model gains least, middling and most over the
+    first, by points, each of another image and corruption as far as they last. One model alone: its worst, middling and
+    best IoU."""
+    models = list(results["models"])
+    conditions = degraded_conditions(results["conditions"]) or ["clear"]
+    ious = image_ious(results["images"], models, conditions, "point")
+    gains = ious[-1] - ious[0] if len(models) > 1 else ious[0]  # (conditions, images)
+    left = []
+    for condition, of_images in zip(conditions, gains.tolist()):
+        left += [(gain, k, condition) for k, gain in enumerate(of_images)]
+    left.sort()
+
     chosen = []
-    for kind, order in ends.items():
-        for _ in range(rows // 3):
-            taken = [row for _, row in chosen]
-            left = [row for row in order if row not in taken]
-            others = (row for row in left if all(row[1] != k and row[2] != condition for _, k, condition in taken))
-            best = next(others, left[0] if left else None)  # another picture and corruption, or else any
-            chosen += [(kind, best)] if best else []
+    for kind, share in dict(least=0, middling=0.5, most=1).items():
+        for _ in range(min(rows // 3, len(left))):
+            shown = {part for case in chosen for part in case[2:]}  # images and conditions
+            fresh = [case for case in left if shown.isdisjoint(case[1:])] or left
+            case = fresh[round(share * (len(fresh) - 1))]
+            left.remove(case)
+            chosen.append((kind, *case))
+    return chosen
+
+
+def predict_samples(results, models, datasets, amp="off", rows=6):
+    """What `figure_samples` shows: dicts of condition, image, points, truth, predictions and iou by model, label."""
     shown = []
-    for kind, (value, k, condition) in chosen:
+    for kind, gain, k, condition in choose_samples(results, rows):
         row = results["images"][k]
-        sample = datasets[args.data.index(row["data"])][row["at"]]
+        dataset = datasets[results["data"].index(row["data"])]
+        sample = dataset[row["at"]]
         masks, image = sample.masks(), sample.image(condition)
         points, boxes = sample.prompts(masks)
-        predictions = {name: next(iter(answers(model, [image], points, boxes, amp=args.amp)))["point"].cpu().numpy()
-                       for name, model in models.items()}
-        remark = f"{kind} gain: {100 * value:+.1f}" if len(names) > 1 else f"IoU {100 * value:.1f} %"
-        shown.append(dict(condition=condition, image=image, points=points, truth=masks, predictions=predictions,
-                          iou={name: iou(row, name, condition) for name in names}, label=remark))
+        predicted, iou = {}, {}
+        for name, model in models.items():
+            prediction = next(predictions(model, [image], points, boxes, amp=amp))
+            predicted[name] = prediction["point"].cpu().numpy()
+            iou[name] = np.mean(row["scores"][name][condition]["point"], axis=0)[0]
+        label = f"{kind} gain: {100 * gain:+.1f}" if len(models) > 1 else f"IoU {100 * gain:.1f} %"
+        shown.append(dict(
+            condition=condition,
+            image=image,
+            points=points,
+            truth=masks,
+            predictions=predicted,
+            iou=iou,
+            label=label))
     return shown
-
-
-def figures(results, out):
-    """Draws every figure that the results allow into folder `out`. Returns the paths."""
-    os.makedirs(out, exist_ok=True)
-    gated = [model for model, about in results["models"].items() if about["method"] not in ("sam", "lora")
-             and all(model in image["gates"] for image in results["images"])]
-    stronger, asked = bool(strengths(results)), []
-    asked += [("corruptions", figure_corruptions, ())] * (len(plain(results["conditions"])) > 1)
-    asked += [("strength", figure_strength, ())] * stronger
-    asked += [(f"gates_{model}", figure_gates, (model,)) for model in gated]
-    asked += [(f"strength_gates_{model}", figure_strength_gates, (model,)) for model in gated if stronger]
-    asked += [("temperature", figure_temperature, ())] * (len(temperatures(results)) > 1)
-    safe = ("".join(c if c.isalnum() or c in "_-" else "_" for c in name)[:100] for name, *_ in asked)
-    return [draw(results, *model, os.path.join(out, f"{name}.png")) for name, (_, draw, model) in zip(safe, asked)]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line.
@@ -917,11 +1412,13 @@ NAMES = dict(gara="GaRA", gara_flat="GaRA flat", gara_space="GaRA, gating 1 alon
 
 def name_of(content):
     """What tables call the model of an adapter file: "LoRA 16"; of GaRA, what differs from the paper's setting."""
-    options, usual = content["options"], gara.default_options(content["method"], content["backbone"])
+    options = content["options"]
+    usual = gara.default_options(content["method"], content["backbone"])
     name = NAMES[content["method"]]
-    ranks = [value for key, value in options.items() if key.startswith("rank") or key == "experts"]
-    if "rank_low" not in options or any(options[key] != usual[key] for key in ("rank_low", "rank_high")):
-        name += " " + ",".join(map(str, np.ravel(ranks)))
+    ranks = {key: value for key, value in options.items() if key.startswith("rank") or key == "experts"}
+    if "rank_low" not in ranks or any(usual[key] != value for key, value in ranks.items()):
+        numbers = np.ravel(list(ranks.values()))
+        name += " " + ",".join(map(str, numbers))
     if options.get("scope", "image") != "image":
         name += f" per {options['scope']}"
     if options.get("temperature", 0.5) != 0.5:
@@ -932,43 +1429,49 @@ def name_of(content):
 def load_models(ckpts, backbone, checkpoint, device, predictors=()):
     """(models, about, backbone): {"SAM": plain SAM, and one entry per adapter file and plugged predictor}; what
     results.json says of each, by the same names. All SAMs share the frozen weights."""
-    paths = [path for path in ckpts if path != "sam"]
-    contents, whole = {}, []
-    for path in paths:
+    adapters, whole = {}, []
+    for path in ckpts:
+        if path == "sam":
+            continue
         try:
-            contents[path] = gara.read_adapter(path)
+            adapters[path] = gara.read_adapter(path)
         except gara.WholeModel:
             whole.append(path)
-    named = {content["backbone"] for content in contents.values()} | ({backbone} if backbone else set())
-    if len(named) > 1:
-        raise ValueError(f"--ckpt and --backbone name different backbones ({', '.join(sorted(named))}): one at a time")
-    backbone = named.pop() if named else "vit_t"
-    sizes = {content["image_size"] for content in contents.values()}
+    backbone, image_size = common_base(adapters.values(), backbone)
+    base = build_sam(backbone, checkpoint or find_checkpoint(backbone), image_size).to(device)
+    models, about = {}, {}
+
+    def add(name, path, model, method, options, learnable=None):
+        name = f"{name} ({path})" if name in models else name
+        models[name] = model
+        file = None if method in ("sam", "predictor") else path
+        about[name] = dict(file=file, method=method, options=options, learnable_parameters=learnable)
+
+    add("SAM", None, base, "sam", {})
+    frozen = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    for path, content in adapters.items():
+        model = copy.deepcopy(base, dict(frozen))  # the memo keeps the frozen tensors shared
+        gara.load_adapter(model, path)
+        learnable = sum(value.numel() for value in gara.adapter_state(model).values())
+        add(name_of(content), path, model.to(device).eval(), content["method"], content["options"], learnable)
+    for path in whole:
+        add("SAM", path, build_sam(backbone, path, image_size).to(device), "full", {})
+    for spec in predictors:
+        add(spec.rpartition(":")[2], spec, load_predictor(spec), "predictor", dict(predictor=spec))
+    return models, about, backbone
+
+
+def common_base(contents, backbone):
+    """(backbone, image size or None) that adapter files and --backbone agree on. ValueError if they do not."""
+    backbones = {content["backbone"] for content in contents} | ({backbone} if backbone else set())
+    if len(backbones) > 1:
+        raise ValueError(f"--ckpt and --backbone name different backbones ({', '.join(sorted(backbones))}): one at a "
+                         "time")
+    sizes = {content["image_size"] for content in contents}
     if len(sizes) > 1:
         raise ValueError(f"--ckpt names adapters for different image sizes ({', '.join(map(str, sorted(sizes)))}): one "
                          "at a time")
-    base = build_sam(backbone, checkpoint or find_checkpoint(backbone), *sizes).to(device)
-    frozen = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-    models = {"SAM": base}
-    about = {"SAM": dict(file=None, method="sam", options={}, learnable_parameters=None)}
-    for path, content in contents.items():
-        name = name_of(content)
-        name = name if name not in models else f"{name} ({path})"
-        models[name] = copy.deepcopy(base, dict(frozen))  # the memo keeps the frozen tensors shared
-        gara.load_adapter(models[name], path)
-        models[name].to(device).eval()
-        count = sum(value.numel() for value in gara.adapter_state(models[name]).values())
-        about[name] = dict(file=path, method=content["method"], options=content["options"], learnable_parameters=count)
-    for path in whole:
-        name = f"SAM ({path})"
-        models[name] = build_sam(backbone, path, *sizes).to(device)
-        about[name] = dict(file=path, method="full", options={}, learnable_parameters=None)
-    for spec in predictors:
-        name = spec.rpartition(":")[2]
-        name = name if name not in models else f"{name} ({spec})"
-        models[name] = load_predictor(spec)
-        about[name] = dict(file=None, method="predictor", options=dict(predictor=spec), learnable_parameters=None)
-    return models, about, backbone
+    return next(iter(backbones), "vit_t"), next(iter(sizes), None)
 
 
 def load_predictor(spec):
@@ -982,8 +1485,8 @@ def load_predictor(spec):
     return made
 
 
-def parse(argv):
-    """The command line, checked."""
+def make_parser():
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     add = parser.add_argument
@@ -1000,120 +1503,113 @@ def parse(argv):
     add("--split", default="test")
     add("--backbone", choices=BACKBONES, help="only needed without adapters (default vit_t)")
     add("--checkpoint", help="SAM weights; default: assets/, checkpoints/, the torch hub cache, else downloaded")
-    add("--conditions", nargs="+", metavar="NAME", help="what to take the pictures in (default: clear and the 15 "
+    add("--conditions", nargs="+", metavar="NAME", help="what to take the images in (default: clear and the 15 "
         "corruptions); also night and underwater")
-    add("--no-corrupt", action="store_true", help="use the pictures as they are: --conditions clear")
+    add("--no-corrupt", action="store_true", help="use the images as they are: --conditions clear")
     add("--strengths", nargs="+", type=float, default=[], metavar="S", help="also corrupt this strongly (0.5 1.5 2), "
         "beside the benchmark's strength 1: for curves of robustness")
     add("--average", choices=("masks", "images"), help="what counts alike in a mean (default masks, as in the paper)")
     add("--paper", metavar="NAME", help="print the paper's figures below ours: of a benchmark (lvis) or a table (table5)")
-    add("--costs", action="store_true", help="also measure memory and speed")
-    add("--limit", type=int, help="only this many pictures, spread over the split")
-    add("--out", help="folder for results.json, results.csv and the figures (default results/)")
-    add("--batch-size", type=int, default=4, help="conditions of a picture that are encoded at once")
+    add("--limit", type=int, help="only this many images, spread over the split")
+    add("--out", default="results", help="folder for results.json, results.csv and the figures (default results/)")
+    add("--batch-size", type=int, default=4, help="conditions of an image that are encoded at once")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     add("--amp", choices=("off", "bf16"), default="off", help="bf16: the encoder in bfloat16")
     add("--workers", type=int, help="loader processes (default: half the cores, at most 8)")
+    return parser
+
+
+def parse(argv):
+    """The command line, checked, with what torchrun says of the processes."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     if bool(args.data) == bool(args.stored):
         parser.error("say --data ROOT to measure, or --from results.json to draw what was measured")
     if args.paper and args.paper not in read_paper():
         parser.error(f"--paper {args.paper}: there are {', '.join(sorted(read_paper()))}")
-    args.out = args.out or "results"
     for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
+        value = getattr(args, name)
+        if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more")
     if args.no_corrupt and (args.strengths or args.conditions):
         parser.error("--no-corrupt leaves no corruptions for --strengths or --conditions")
-    strengths = sorted({s for s in args.strengths if s not in (0, 1)})  # those are "clear" and "fog"
-    args.conditions = list(dict.fromkeys(["clear"] if args.no_corrupt else args.conditions or data.CONDITIONS))
-    args.conditions += [f"{name}@{s:g}" for s in strengths for name in corrupted(args.conditions)]
+    args.conditions = conditions_of(args)
     for condition in args.conditions:
         try:
             data.name_and_strength(condition)
         except data.DatasetError as error:
             parser.error(f"--{'strengths' if args.strengths else 'conditions'}: {error}")
-    args.process, args.processes = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+    args.rank = int(os.environ.get("RANK", 0))
+    args.world_size = int(os.environ.get("WORLD_SIZE", 1))
     if args.workers is None:
-        args.workers = min(8, (os.cpu_count() or 2) // 2 // args.processes)
-    gpu = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if args.processes > 1 else "cuda"
-    args.device = args.device or (gpu if torch.cuda.is_available() else "cpu")
+        args.workers = min(8, (os.cpu_count() or 2) // 2 // args.world_size)
+    if args.device is None:
+        gpu = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if args.world_size > 1 else "cuda"
+        args.device = gpu if torch.cuda.is_available() else "cpu"
     return args
 
 
-def measure(args, models, about, backbone):
-    """All scores: the content of results.json, or None in all processes but the first. Its form:
+def conditions_of(args):
+    """Every condition that is asked for, once: "clear", "fog", "fog@0.5", ..."""
+    if args.no_corrupt:
+        return ["clear"]
+    conditions = list(dict.fromkeys(args.conditions or data.CONDITIONS))
+    stronger = []
+    for strength in sorted({*args.strengths} - {0, 1}):  # those are "clear" and "fog"
+        stronger += [f"{name}@{strength:g}" for name in degraded_conditions(conditions)]
+    return conditions + stronger
 
-    format, data (roots), split, backbone, ckpt, prompts (files), amp, average, torch, machine, seconds, conditions;
-    models: {name: {file, method, options, learnable_parameters}};
-    means, intervals, differences: see `summarize`; by_data: the same of each root, where there are several;
-    costs: {heads, rows}, with --costs alone: Table 8; skipped: a line for each picture that could not be read;
-    images: [{data (root), name, size, indices, areas, scores, gates}, ...], see `evaluate`: every single score.
-    """
-    datasets = data.load_datasets(args.data, args.split, args.strict, args.prompts)
-    os.makedirs(args.out, exist_ok=True)
-    started, images, leftovers = time.monotonic(), [], []
-    for number, (root, dataset) in enumerate(zip(args.data, datasets)):
-        if args.limit:
-            dataset.samples = data.spread(dataset, args.limit)
-        rows, paths = shared(args, models, dataset, number)
-        if args.process:
-            continue
-        leftovers += paths
-        bad = [row["skipped"] for row in rows if "skipped" in row]
-        dataset.skipped += [line for line in bad if line not in dataset.skipped]
-        if len(bad) == len(rows):
-            raise data.DatasetError(f"{dataset.summary()}: no sample could be read, nothing to measure")
-        images += [dict(data=root, **row) for row in rows if "skipped" not in row]
-        print(dataset.summary())
-    if args.process:
+
+def measure_and_show(args):
+    """Measure, and write results.json and samples.png: (results, files to remove at the end); None but in rank 0."""
+    keep_freed_memory()
+    models, about, backbone = load_models(args.ckpt, args.backbone, args.checkpoint, torch.device(args.device),
+                                          args.predictor)
+    if args.rank == 0:
+        for root in args.data:
+            data.make_missing_demo(root)
+    if args.world_size > 1:  # they only wait for each other, the slowest one as long as it takes
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        dist.barrier()
+    measured = measure(args, models, about, backbone)
+    if measured is None:
         return None
-    results = dict(
-        format=FORMAT, data=args.data, split=args.split, backbone=backbone, ckpt=args.ckpt, prompts=args.prompts,
-        amp=args.amp, average=args.average or "masks", torch=torch.__version__, machine=platform.platform(),
-        seconds=round(time.monotonic() - started, 1), conditions=args.conditions, models=about)
-    results["skipped"] = [line for dataset in datasets for line in dataset.skipped]
-    results["images"] = images
-    print(f"{len(images):,} images, {sum(len(image['indices']) for image in images):,} masks, {len(args.conditions)} "
-          f"conditions; {backbone} on {args.processes} x {args.device}, {results['seconds']:.0f} s\n")
-    if args.costs:
-        most = max(images, key=lambda image: len(image["indices"]))
-        results["costs"] = costs(models, about, datasets[args.data.index(most["data"])][most["at"]], args.amp)
-    data.save_text(json.dumps(add_summaries(results)), os.path.join(args.out, "results.json"))
-    for path in leftovers:
+    results, datasets, unfinished = measured
+    data.save_text(json.dumps(results), os.path.join(args.out, "results.json"))
+    rows = predict_samples(results, models, datasets, args.amp)
+    figure_samples(rows, list(models), os.path.join(args.out, "samples.png"))
+    return results, unfinished
+
+
+def run(args):
+    """What the command line asks for, checked."""
+    unfinished, written = [], []
+    if args.stored:
+        results = merge({path: read_results(path) for path in args.stored})
+        results["average"] = args.average or results["average"]
+        add_summaries(results)
+        os.makedirs(args.out, exist_ok=True)
+    else:
+        measured = measure_and_show(args)
+        if measured is None:
+            return
+        results, unfinished = measured
+        written = [os.path.join(args.out, name) for name in ("results.json", "samples.png")]
+    print_tables(results, args.paper)
+    table_path = os.path.join(args.out, "results.csv")
+    data.save_text(as_csv(results), table_path)
+    paths = figures(results, args.out)
+    for path in unfinished:  # all is written: the rows are no longer needed
         os.remove(path)
-    picture(samples_to_show(results, models, datasets, args), list(models), os.path.join(args.out, "samples.png"))
-    return results
+    print(f"written: {', '.join([table_path, *paths, *written])}")
 
 
 def main(argv=None):
     """Run the command line; returns the exit code. A user's mistake ends in one line."""
     args = parse(argv)
     try:
-        if args.stored:
-            results = merge({path: read_results(path) for path in args.stored})
-            results["average"] = args.average or results["average"]
-            add_summaries(results)
-            os.makedirs(args.out, exist_ok=True)
-        else:
-            keep_freed_memory()
-            models, about, backbone = load_models(args.ckpt, args.backbone, args.checkpoint, torch.device(args.device),
-                                                  args.predictor)
-            if args.process == 0:
-                for root in args.data:
-                    data.make_missing_demo(root)
-            if args.processes > 1:  # they only wait for each other, the slowest one as long as it takes
-                dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-                dist.barrier()
-            results = measure(args, models, about, backbone)
-            if results is None:
-                return 0
-        print_tables(results, args.paper)
-        data.save_text(as_csv(results), os.path.join(args.out, "results.csv"))
-        paths = figures(results, args.out)
-        if args.data:
-            paths += [os.path.join(args.out, name) for name in ("results.json", "samples.png")]
-        print(f"written: {', '.join([os.path.join(args.out, 'results.csv'), *paths])}")
+        run(args)
     except (data.DatasetError, ValueError, OSError, RuntimeError, AssertionError) as error:  # last: no CUDA in torch
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
