@@ -534,7 +534,7 @@ def bench_models(args):
 
     images, predictor = [image] * 4, SamPredictor(models["SAM"])
     done = race({"here": functools.partial(predict_all, models["SAM"], images, points, boxes, args.amp),
-                 "loop": lambda: list(evaluate.ask(predictor, images, points, boxes))}, args.device, 1)
+                 "loop": lambda: list(evaluate.predict_plugged(predictor, images, points, boxes))}, args.device, 1)
     fast, slow = done["here"]["seconds"], done["loop"]["seconds"]
     print(f"All {len(masks)} objects of 4 images by points and by boxes: {fast:.2f} s, and {slow:.2f} s by a plain "
           f"loop of SamPredictor.predict, {slow / fast:.1f} times as long.")
@@ -542,7 +542,7 @@ def bench_models(args):
 
 def predict_all(model, images, points, boxes, amp):
     """What evaluate.py makes of these images and prompts."""
-    return list(evaluate.answers(model, images, points, boxes, amp=amp))
+    return list(evaluate.predictions(model, images, points, boxes, amp=amp))
 
 
 # ---------------------------------------------------------------- command line
