@@ -173,7 +173,7 @@ def attention(q, k, v, bias_h, bias_w):
     """softmax(q k^T / sqrt(c) + bias) v, where the bias of a query for key (y, x) is bias_h[..., y] + bias_w[..., x].
 
     For U heads of windows of S x S keys, and Q queries: q (U, Q, c), k and v (U, S * S, c), bias_h and bias_w (U, Q, S)
-    -> (U, Q, c).
+    -> (U, Q, c). Not for gradients: the scores are overwritten by their softmax.
     """
     S = bias_h.shape[-1]
     scores = products(q * q.shape[-1] ** -0.5, k)  # (U, Q, S * S)
@@ -181,7 +181,8 @@ def attention(q, k, v, bias_h, bias_w):
     by_row_and_column = scores.unflatten(-1, (S, S))
     by_row_and_column.add_(bias_h[..., :, None])
     by_row_and_column.add_(bias_w[..., None, :])
-    return products(scores.softmax(-1).to(v.dtype), v.mT)
+    torch.softmax(scores, -1, out=scores)
+    return products(scores.to(v.dtype), v.mT)
 
 
 def attention_for_training(q, k, v, bias_h, bias_w):
@@ -700,9 +701,9 @@ class Sam(nn.Module):
         multimask_output, else 1.
         """
         sparse, dense = self.prompt_encoder(points, boxes, masks)
-        image_pe = self.prompt_encoder.get_dense_pe()
+        image_pe = self.prompt_encoder.get_dense_pe() if prepared is None else None
         most = TOKENS_AT_ONCE.get(self.device.type, 2**20)
-        at_once = max(1, most // image_pe[0, 0].numel())
+        at_once = max(1, most // self.prompt_encoder.size ** 2)
         if masks is None:
             dense = dense[:1]  # the same for all prompts: need not be copied
 

@@ -344,8 +344,11 @@ def test_forms_of_attention_equal_its_formula(form, heads):
         scores.append(score + bias_h[..., key // 4] + bias_w[..., key % 4])
     scores = torch.stack(scores, dim=-1)
     expected = torch.einsum("uqk,ukc->uqc", scores.softmax(-1), v)
-    found = getattr(sam, form)(*inputs)
+    with torch.set_grad_enabled(form != "attention"):
+        found = getattr(sam, form)(*inputs)
     assert close(found, expected, 1e-12)
+    if form == "attention":  # which overwrites the scores
+        return
     gradients = torch.autograd.grad(found.sin().sum(), inputs)
     expected_gradients = torch.autograd.grad(expected.sin().sum(), inputs)
     for gradient, plain in zip(gradients, expected_gradients):
