@@ -136,151 +136,130 @@ def everything(folder):
 
 # ---- SAM against the official code's numbers ------------------------------------------------------------------------
 
-# What official SAM (float32, CPU) gave for recipe_weights and golden_picture. The embedding by channel, row, column;
-# for each prompt: predict's arguments, scores, mask areas, then low-resolution and full-size logits by mask, row,
-# column, each followed by the largest on a grid (every 4th low-resolution, 16th full-size pixel).
-GOLDEN_EMBEDDING = {(0, 0, 0): -0.263858, (48, 20, 36): -0.998275, (80, 24, 60): 1.137581, (112, 48, 12): 0.130391,
-                    (144, 8, 56): 0.405927, (176, 32, 32): 1.183451, (208, 60, 4): 0.838656, (240, 40, 44): -0.082158}
-GOLDEN = {
-    "three_points": (
-        dict(point_coords=[[200, 150], [260, 210], [310, 180]], point_labels=[1] * 3, multimask_output=False),
-        [-1.548326], [199391],
-        {(0, 20, 28): 0.28502, (0, 80, 120): 2.01568, (0, 132, 200): 0.91482, (0, 164, 48): 2.14001}, 4.35457,
-        {(0, 144, 192): 0.54365, (0, 320, 528): 7.38418}, 8.56485),
-    "point_and_background": (
-        dict(point_coords=[[420.5, 99.25], [30, 400]], point_labels=[1, 0], multimask_output=True),
-        [0.009264, -0.970354, -1.926848], [36477, 264414, 270261],
-        {(0, 20, 28): 8.50593, (2, 80, 120): -0.11537, (1, 132, 200): 5.01042, (0, 164, 48): 7.97274}, 10.94905,
-        {(0, 144, 192): -4.04233, (2, 320, 528): 4.75431}, 10.00047),
-    "box": (
-        dict(box=[50.5, 60, 400, 380.25], multimask_output=False), [-0.786293], [191126],
-        {(0, 20, 28): -0.74227, (0, 80, 120): -0.08079, (0, 132, 200): -0.63799, (0, 164, 48): -0.6128}, 2.8991,
-        {(0, 144, 192): 1.0603, (0, 320, 528): 4.06355}, 6.97002),
-    "box_and_point": (
-        dict(box=[10, 20, 630, 420], point_coords=[[333, 222]], point_labels=[0], multimask_output=True),
-        [0.700284, -1.378327, -2.017217], [43817, 206939, 256300],
-        {(0, 20, 28): 7.40047, (2, 80, 120): -0.84321, (1, 132, 200): 3.39498, (0, 164, 48): 8.67918}, 10.68575,
-        {(0, 144, 192): -5.47132, (2, 320, 528): 3.32361}, 9.05951),
-    "point_and_mask": (  # the mask: low_res_logits of three_points
-        dict(point_coords=[[250, 200]], point_labels=[1], multimask_output=False), [-0.979303], [53012],
-        {(0, 20, 28): -5.30225, (0, 80, 120): -5.04849, (0, 132, 200): -4.25935, (0, 164, 48): -3.31051}, 7.00968,
-        {(0, 144, 192): -2.54314, (0, 320, 528): 3.27726}, 6.39608)}
-# Of the released models: parameters, then number of tensors and CRC-32 of their sorted names and shapes.
-OFFICIAL = {"vit_b": (93_735_472, 314, 2819701163), "vit_l": (312_342_832, 482, 2872042895), "vit_h": (641_090_608,)}
+# assets/golden.json holds what official SAM (float32, CPU) gave for recipe_weights and golden_image. The embedding:
+# [channel, row, column, value]. For each prompt: predict's arguments, scores, mask areas, and of low-resolution and
+# full-size logits [mask, row, column, value] and the largest of every `step`-th pixel. Of the released models: number
+# of parameters, number of tensors and the CRC-32 of their sorted names and shapes.
+with open(os.path.join(HERE, "assets", "golden.json")) as file:
+    GOLDEN = json.load(file)
 
-def golden_picture(height=427, width=640):
-    """Waves, twelve discs and grain: the picture that the golden numbers belong to. uint8 HxWx3."""
+def golden_image(height=427, width=640):
+    """Waves, twelve discs and grain: the image that the golden numbers belong to. uint8 HxWx3."""
     rng = np.random.default_rng(0)
-    rows, columns = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)
-    waves = [(np.sin(columns / 37 + c) + np.cos(rows / 23 - c)) * 40 + 128 for c in range(3)]
-    picture = np.stack(waves, axis=-1)
+    rows = np.arange(height, dtype=np.float32)[:, None]
+    columns = np.arange(width, dtype=np.float32)
+    channels = []
+    for c in range(3):
+        waves = np.sin(columns / 37 + c) + np.cos(rows / 23 - c)
+        channels.append(waves * 40 + 128)
+    image = np.stack(channels, axis=-1)
     for _ in range(12):
-        cy, cx, radius = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(10, min(height, width) / 4)
-        picture[(rows - cy) ** 2 + (columns - cx) ** 2 < radius ** 2] = rng.uniform(0, 255, 3)
-    picture += 8 * rng.standard_normal(picture.shape)  # in float32: rounding decides some levels
-    return picture.clip(0, 255).astype(np.uint8)
+        cy, cx = rng.uniform(0, height), rng.uniform(0, width)
+        radius = rng.uniform(10, min(height, width) / 4)
+        inside = (rows - cy) ** 2 + (columns - cx) ** 2 < radius ** 2
+        image[inside] = rng.uniform(0, 255, 3)
+    image += 8 * rng.standard_normal(image.shape)  # in float32: rounding decides some levels
+    return image.clip(0, 255).astype(np.uint8)
 
-@pytest.mark.parametrize("backbone", OFFICIAL)
+@pytest.mark.parametrize("backbone", GOLDEN["layouts"])
 def test_layout_of_the_official_checkpoints(backbone):
     with torch.device("meta"):
         model = sam.build_sam(backbone)
     lines = sorted(f"{key} {list(value.shape)}" for key, value in model.state_dict().items())
-    found = sum(p.numel() for p in model.parameters()), len(lines), zlib.crc32("\n".join(lines).encode())
-    assert found[:len(OFFICIAL[backbone])] == OFFICIAL[backbone]
+    text = "\n".join(lines)
+    found = dict(tensors=len(lines), crc32=zlib.crc32(text.encode()))
+    found["parameters"] = sum(p.numel() for p in model.parameters())
+    for name, expected in GOLDEN["layouts"][backbone].items():
+        assert found[name] == expected, name
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
-    """A predictor: vit_b read from a checkpoint file with the recipe's weights, the golden picture encoded."""
+    """A predictor: vit_b read from a checkpoint file with the recipe's weights, the golden image encoded."""
     path = tmp_path_factory.mktemp("golden") / "vit_b.pth"
     with torch.device("meta"):
         layout = sam.build_sam("vit_b")
     torch.save(recipe_weights(layout), path)
     predictor = sam.SamPredictor(sam.build_sam("vit_b", checkpoint=path))
     path.unlink()
-    predictor.set_image(golden_picture())
+    predictor.set_image(golden_image())
     return predictor
 
 def test_golden_embedding(golden):
     embedding = golden.get_image_embedding()[0]
+    expected = GOLDEN["embedding"]
     assert embedding.shape == (256, 64, 64)
-    for index, value in GOLDEN_EMBEDDING.items():
-        assert embedding[index].item() == pytest.approx(value, abs=5e-4), index
-    assert embedding.mean().item() == pytest.approx(0.00336922, abs=1e-5)
-    assert embedding.std().item() == pytest.approx(1.0161552, abs=1e-5)
-    assert embedding.abs().max().item() == pytest.approx(5.0037112, rel=1e-4)
+    for channel, row, column, value in expected["values"]:
+        assert embedding[channel, row, column].item() == pytest.approx(value, abs=5e-4)
+    assert embedding.mean().item() == pytest.approx(expected["mean"], abs=1e-5)
+    assert embedding.std().item() == pytest.approx(expected["std"], abs=1e-5)
+    assert embedding.abs().max().item() == pytest.approx(expected["largest"], rel=1e-4)
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", GOLDEN["prompts"])
 def test_golden_masks(golden, name):
-    arguments, scores, areas, low, low_largest, full, full_largest = GOLDEN[name]
+    prompts = GOLDEN["prompts"]
+    expected, arguments = prompts[name], dict(prompts[name]["arguments"])
     if name == "point_and_mask":
-        arguments = arguments | dict(mask_input=golden.predict(**GOLDEN["three_points"][0])[2])
-    logits, got_scores, low_res = golden.predict(**arguments, return_logits=True)
-    assert got_scores == pytest.approx(np.array(scores), abs=1e-4 * max(map(abs, scores)))
-    for got, step, values, largest in ((low_res, 4, low, low_largest), (logits, 16, full, full_largest)):
-        for index, value in values.items():
-            assert got[index] == pytest.approx(value, abs=1e-4 * largest), index
-        assert np.abs(got[:, ::step, ::step]).max() == pytest.approx(largest, rel=1e-4)
-    assert (logits > 0).sum((1, 2)) == pytest.approx(np.array(areas), rel=1e-4)
+        arguments["mask_input"] = golden.predict(**prompts["three_points"]["arguments"])[2]
+    logits, scores, low_res = golden.predict(**arguments, return_logits=True)
+    golden_scores = np.array(expected["scores"])
+    assert scores == pytest.approx(golden_scores, abs=1e-4 * np.abs(golden_scores).max())
+    for found, golden_logits in ((low_res, expected["low_res"]), (logits, expected["full_size"])):
+        step, largest = golden_logits["step"], golden_logits["largest"]
+        for mask, row, column, value in golden_logits["values"]:
+            assert found[mask, row, column] == pytest.approx(value, abs=1e-4 * largest)
+        on_grid = found[:, ::step, ::step]
+        assert np.abs(on_grid).max() == pytest.approx(largest, rel=1e-4)
+    areas = (logits > 0).sum((1, 2))
+    assert areas == pytest.approx(np.array(expected["areas"]), rel=1e-4)
 
 # ---- SAM in its parts -----------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("window", [0, 4])
-@pytest.mark.parametrize("share, tokens", [(0.7, 10**9), (0.1, 10**9), (0.1, 1), (0, 10**9)])
-def test_attention_in_pieces_equals_one_piece(monkeypatch, share, tokens, window, device):
-    """Two heads of both images at a time, some queries of one, one row of windows of one image, or a single query of
-    each window: in values and gradients. That one piece is right is what the golden numbers say."""
-    calls, attend, outputs = [], sam.attend, []
-    monkeypatch.setattr(sam, "attend", lambda *tensors: calls.append(1) or attend(*tensors))
-    torch.manual_seed(0)
-    layer, S = sam.Attention(12, 3, window, 7).double().to(device), window or 7
-    for table in (layer.rel_pos_h, layer.rel_pos_w):
-        torch.nn.init.normal_(table)
-    x = torch.randn(2, 7, 7, 12, dtype=torch.float64, device=device, requires_grad=True)
-    limit = max(1, int(share * 3 * 2 * (4 if window else 1) * S**4))  # of all scores
-    strips = (4 if window else 2) if tokens == 1 else 1  # of both images
-    for encoded, scores, kept in ((10**9, 10**9, 10**9), (tokens, limit, 0)):
-        monkeypatch.setitem(sam.ENCODED_AT_ONCE, device, encoded)
-        monkeypatch.setitem(sam.SCORES_AT_ONCE, device, scores)
-        monkeypatch.setattr(sam, "SCORES_KEPT", kept)
-        y = layer(x)
-        outputs.append((y, *torch.autograd.grad(y.sin().sum(), (x, *layer.parameters()))))
-    windows = 2 * (4 if window else 1) // strips
-    queries = min(S * S, max(1, limit // (windows * S**2)))
-    heads = max(1, limit // (windows * queries * S**2))
-    pieces = strips * -(-3 // heads) * -(-S**2 // queries)
-    assert pieces > 1 and len(calls) == 1 + 2 * pieces  # scores are made again on the way back
-    assert all(close(got, want, 1e-10) for got, want in zip(*reversed(outputs)))
-    with torch.no_grad():
-        assert close(layer(x), y, 1e-12)
 
 X86 = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="products are oneDNN's where they were MKL's")
 
 @pytest.fixture
 def onednn_calls(monkeypatch):
     """How often a product was oneDNN's: a list that grows."""
-    calls, linear = [], torch.ops.mkldnn._linear_pointwise
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: calls.append(1) or linear(*a))
+    assert sam.onednn_agrees()  # asked before calls are counted
+    calls, product = [], torch.ops.mkldnn._linear_pointwise
+
+    def counted(*arguments):
+        calls.append(1)
+        return product(*arguments)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
     return calls
 
 @X86
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("act", ["none", "gelu"])
 @pytest.mark.parametrize("layout", ["rows", "columns", "gaps"])
-@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5), (0, 5), (3, 0), (1, 1), (65, 130)])
-def test_linear_in_double_precision(onednn_calls, shape, layout, act, bias):
+@pytest.mark.parametrize("shape", [
+    (7, 5),
+    (2, 3, 4, 5),
+    (0, 5),
+    (3, 0),
+    (1, 1),
+    (65, 130)])
+def test_linear_in_double_precision(onednn_calls, shape, layout, bias):
     """The matrix product, whatever the weight's layout, also of nothing; by oneDNN where no gradient is asked for."""
-    rng = torch.Generator().manual_seed(0)
-    x, wide, b = (torch.randn(s, generator=rng) for s in (shape, (9, 2 * shape[-1]), (9,)))
-    weight = {"rows": wide[:, :shape[-1]].clone(), "columns": wide[:, :shape[-1]].T.clone().T,
-              "gaps": wide[:, :shape[-1]]}[layout]
-    expected = x.double() @ wide[:, :shape[-1]].T.double() + (b.double() if bias else 0)
-    expected = torch.nn.functional.gelu(expected) if act == "gelu" else expected
+    rng, inputs = torch.Generator().manual_seed(0), shape[-1]
+    x = torch.randn(shape, generator=rng)
+    wide = torch.randn(9, 2 * inputs, generator=rng)
+    b = torch.randn(9, 2, generator=rng)[:, 0] if bias else None  # with gaps
+    weight = wide[:, :inputs]  # with gaps between its rows
+    if layout == "rows":
+        weight = weight.clone()
+    if layout == "columns":
+        weight = weight.T.clone().T
+    expected = x.double() @ weight.T.double()
+    if bias:
+        expected = expected + b.double()
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
-            got = sam.linear(x, weight, b if bias else None, act)
-        assert got.dtype == torch.float32 and got.shape == expected.shape
-        assert not got.numel() or (got - expected).abs().max() < 1e-6 * max(1, expected.abs().max())
+            found = sam.linear(x, weight, b)
+        assert found.dtype == torch.float32
+        assert found.shape == expected.shape
+        tolerance = 1e-6 * max(1, inputs ** 0.5)
+        assert torch.allclose(found.double(), expected, rtol=1e-6, atol=tolerance)
     assert len(onednn_calls) == (x.numel() > 0)
 
 @X86
@@ -297,22 +276,125 @@ def test_linear_leaves_to_pytorch_what_is_not_plain_float32_inference(onednn_cal
     assert not onednn_calls
 
 @X86
+@torch.no_grad()
+def test_linear_under_transforms_tracing_and_forward_mode(onednn_calls):
+    """The private call would give a derivative of 0, and a trace that fails."""
+    x, weight = torch.randn(3, 5), torch.randn(4, 5)
+    onto_x, onto_weight = torch.randn(3, 5), torch.randn(4, 5)
+    _, of_x = torch.func.jvp(lambda x: sam.linear(x, weight), (x,), (onto_x,))
+    assert close(of_x, onto_x @ weight.T)
+    _, of_weight = torch.func.jvp(lambda weight: sam.linear(x, weight), (weight,), (onto_weight,))
+    assert close(of_weight, x @ onto_weight.T)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, onto_x)
+        tangent = torch.autograd.forward_ad.unpack_dual(sam.linear(dual, weight)).tangent
+    assert close(tangent, onto_x @ weight.T)
+    each = torch.func.vmap(lambda row: sam.linear(row, weight))(x)
+    assert close(each, x @ weight.T)
+    assert not onednn_calls
+    traced = torch.jit.trace(lambda x: sam.linear(x, weight), (x,))
+    assert close(traced(2 * x), 2 * x @ weight.T)
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # of the trace: that sizes are constants in it
+def test_encoder_can_be_traced():
+    model, x = tiny(), pictures(0)
+    traced = torch.jit.trace(model.image_encoder, (x,), check_trace=False)
+    assert close(traced(x), model.image_encoder(x), 1e-5)
+
+@pytest.mark.parametrize("broken", ["missing", "raises", "wrong"])
+def test_linear_without_the_private_call(monkeypatch, broken):
+    """Where PyTorch lacks it, or it does something else, F.linear serves."""
+    def replacement(x, weight, *_):
+        if broken == "raises":
+            raise RuntimeError("no")
+        return x @ weight.T + 1
+
+    ops = argparse.Namespace()
+    if broken != "missing":
+        ops._linear_pointwise = replacement
+    monkeypatch.setattr(torch.ops, "mkldnn", ops)
+    sam.onednn_agrees.cache_clear()
+    try:
+        x, weight = torch.randn(3, 5), torch.randn(4, 5)
+        with torch.no_grad():
+            assert not sam.onednn_serves(x)
+            assert close(sam.linear(x, weight), x @ weight.T)
+    finally:
+        sam.onednn_agrees.cache_clear()
+
+def attention_inputs(U=3, S=4, Q=16, c=8):
+    """q, k, v, bias_h and bias_w of U heads of windows."""
+    rng = torch.Generator().manual_seed(0)
+    inputs = []
+    for shape in ((U, Q, c), (U, S * S, c), (U, S * S, c), (U, Q, S), (U, Q, S)):
+        tensor = torch.randn(shape, generator=rng, dtype=torch.float64)
+        inputs.append(tensor.requires_grad_())
+    return inputs
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("form", ["attention", "attention_for_training", "attention_for_gpus"])
+def test_forms_of_attention_equal_its_formula(form, heads):
+    """Pixel by pixel: softmax(q k / sqrt(c) + bias of the key's row + bias of its column) v; and its gradients."""
+    inputs = attention_inputs(heads)
+    q, k, v, bias_h, bias_w = inputs
+    scores = []
+    for key in range(16):
+        score = (q * k[:, key, None]).sum(-1) / math.sqrt(8)
+        scores.append(score + bias_h[..., key // 4] + bias_w[..., key % 4])
+    scores = torch.stack(scores, dim=-1)
+    expected = torch.einsum("uqk,ukc->uqc", scores.softmax(-1), v)
+    with torch.set_grad_enabled(form != "attention"):
+        found = getattr(sam, form)(*inputs)
+    assert close(found, expected, 1e-12)
+    if form == "attention":  # which overwrites the scores
+        return
+    gradients = torch.autograd.grad(found.sin().sum(), inputs)
+    expected_gradients = torch.autograd.grad(expected.sin().sum(), inputs)
+    for gradient, plain in zip(gradients, expected_gradients):
+        assert close(gradient, plain, 1e-10)
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("window", [0, 4])
-@pytest.mark.parametrize("scores", [1, 7**4, 10**9])
-def test_attention_without_gradients_equals_that_with(monkeypatch, onednn_calls, scores, window):
-    """One query at a time, one head of the whole picture, all heads; in float32, where oneDNN multiplies."""
+@pytest.mark.parametrize("most, kept", [(2 * 7 ** 4, 10**9), (100, 10**9), (100, 0), (1, 0)])
+def test_attention_in_pieces_equals_one_piece(monkeypatch, most, kept, window, device):
+    """Some heads of windows at a time, some queries of one, a single query; with scores kept or made again."""
     torch.manual_seed(0)
-    layer = sam.Attention(12, 3, window, 7)
+    layer = sam.Attention(12, 3, window, 7).double().to(device)
     for table in (layer.rel_pos_h, layer.rel_pos_w):
         torch.nn.init.normal_(table)
-    x = torch.randn(1, 7, 7, 12)
-    expected = layer.double()(x.double())
-    layer.float()
-    monkeypatch.setitem(sam.SCORES_AT_ONCE, "cpu", scores)
+    x = torch.randn(2, 7, 7, 12, dtype=torch.float64, device=device, requires_grad=True)
+    outputs = []
+    for scores_at_once, scores_kept in ((10**9, 10**9), (most, kept)):
+        monkeypatch.setitem(sam.SCORES_AT_ONCE, device, scores_at_once)
+        monkeypatch.setattr(sam, "SCORES_KEPT", scores_kept)
+        y = layer(x)
+        gradients = torch.autograd.grad(y.sin().sum(), (x, *layer.parameters()))
+        outputs.append((y, *gradients))
+    for whole, pieces in zip(*outputs):
+        assert close(pieces, whole, 1e-10)
     with torch.no_grad():
-        assert close(layer(x), expected, 1e-5)
-    pieces = 0 if window or scores > 7**4 else 3 if scores > 1 else 3 * 49
-    assert len(onednn_calls) == 2 + 2 * pieces  # qkv and proj, scores and values
+        assert close(layer(x), y, 1e-12)
+
+@pytest.mark.parametrize("most, largest", [
+    (10**9, 6 * 49 * 49),
+    (3 * 49 * 49, 3 * 49 * 49),
+    (200, 4 * 49),
+    (1, 49)])
+def test_no_more_scores_at_once_than_allowed(monkeypatch, most, largest):
+    """Six heads of a 7 x 7 image; at least one query, whose 49 scores are the least there is."""
+    sizes, attention = [], sam.attention
+
+    def measured(q, k, *rest):
+        sizes.append(len(q) * q.shape[1] * k.shape[1])
+        return attention(q, k, *rest)
+
+    monkeypatch.setattr(sam, "attention", measured)
+    monkeypatch.setitem(sam.SCORES_AT_ONCE, "cpu", most)
+    with torch.no_grad():
+        sam.Attention(12, 6, 0, 7)(torch.randn(1, 7, 7, 12))
+    assert max(sizes) == largest
+    assert sum(sizes) == 6 * 49 * 49
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_feed_forward_in_pieces_equals_one_piece(monkeypatch, device):
@@ -321,9 +403,10 @@ def test_feed_forward_in_pieces_equals_one_piece(monkeypatch, device):
     block = sam.Block(12, 3, 0, 7).double().to(device)
     x = torch.randn(2, 7, 7, 12, dtype=torch.float64, device=device)
     y = x + block.attn(block.norm1(x))
+    expected = y + block.mlp(block.norm2(y))
     for pieces in (1000, 13, 1):
         monkeypatch.setitem(sam.ENCODED_AT_ONCE, device, pieces)
-        assert close(block(x), y + block.mlp(block.norm2(y)), 1e-10)
+        assert close(block(x), expected, 1e-10)
 
 @pytest.fixture
 def predictor():
@@ -331,78 +414,171 @@ def predictor():
     predictor.set_image(scene(96, 128))
     return predictor
 
-def test_what_prompts_share_is_computed_once_for_each_picture_and_weights(predictor, monkeypatch):
-    """Predictions are those of `decode` without it: of another picture, of weights that changed, and with a mask."""
-    model, made = predictor.model, []
-    monkeypatch.setattr(model, "share", lambda features: made.append(1) or sam.Sam.share(model, features))
-    coords, labels, mask = torch.tensor([[[30., 40]], [[60, 9]]]), torch.ones(2, 1), torch.randn(2, 1, 64, 64)
+@pytest.fixture
+def agree(predictor):
+    """A function that predicts, compares with `decode` of an image that is not prepared, and returns the logits."""
+    coords = torch.tensor([[[30., 40]], [[60, 9]]])
+    labels = torch.ones(2, 1)
 
     def agree(mask=None):
         with torch.no_grad():
-            expected, _ = model.decode(predictor.features, (coords, labels), masks=mask)
-        got = predictor.predict_torch(coords, labels, mask_input=mask, multimask_output=False)[2]
-        assert close(got, expected, 1e-5)
-        return got
+            expected, _ = predictor.model.decode(predictor.features, (coords, labels), masks=mask)
+        _, _, found = predictor.predict_torch(coords, labels, mask_input=mask, multimask_output=False)
+        assert close(found, expected, 1e-5)
+        return found
 
+    return agree
+
+@pytest.fixture
+def preparations(predictor, monkeypatch):
+    """How often an image was prepared: a list that grows."""
+    made, prepare = [], predictor.model.prepare
+    monkeypatch.setattr(predictor.model, "prepare", lambda features: made.append(1) or prepare(features))
+    return made
+
+def test_an_image_is_prepared_once(predictor, agree, preparations):
     first = agree()
-    assert torch.equal(agree(), first) and not close(agree(mask), first, 1e-2) and len(made) == 1
+    assert torch.equal(agree(), first)
+    with torch.autocast("cpu", torch.bfloat16):
+        predictor.predict(**POINT)
+    assert len(preparations) == 1
+    assert not close(agree(torch.randn(2, 1, 64, 64)), first, 1e-2)  # mask prompts need another preparation
+    assert len(preparations) == 1
+    predictor.set_image(scene(96, 128, seed=1))
+    assert not close(agree(), first, 1e-2)
+    assert len(preparations) == 2
+
+def test_an_image_is_prepared_anew_for_another_embedding(predictor, agree, preparations):
+    first = agree()
     predictor.features = predictor.features.flip(2).clone()
     second = agree()
-    assert not close(second, first, 1e-2) and len(made) == 2
+    assert not close(second, first, 1e-2)
     predictor.features *= 2
-    assert not close(agree(), second, 1e-2) and len(made) == 3
-    for name in ("prompt_encoder.no_mask_embed.weight", "mask_decoder.transformer.layers.0.cross_attn_token_to_image"
-                 ".v_proj.weight", "mask_decoder.transformer.layers.0.cross_attn_image_to_token.q_proj.bias"):
-        before, made[:] = agree(), []
+    assert not close(agree(), second, 1e-2)
+    assert len(preparations) == 3
+
+FIRST_LAYER = "mask_decoder.transformer.layers.0"
+
+@pytest.mark.parametrize("through_data", [False, True])
+@pytest.mark.parametrize("name", [
+    "prompt_encoder.no_mask_embed.weight", f"{FIRST_LAYER}.cross_attn_token_to_image.v_proj.weight",
+    f"{FIRST_LAYER}.cross_attn_token_to_image.k_proj.weight", f"{FIRST_LAYER}.cross_attn_image_to_token.q_proj.bias"])
+def test_an_image_is_prepared_anew_for_other_weights(predictor, agree, preparations, name, through_data):
+    before = agree()
+    weight = predictor.model.get_parameter(name)
+    if through_data:
+        weight.data[:1] += 1  # which autograd does not see
+    else:
         with torch.no_grad():
-            model.get_parameter(name).add_(1)
-        assert not close(agree(), before, 1e-3) and len(made) == 1, name
-    with torch.autocast("cpu", torch.bfloat16):
-        predictor.predict_torch(coords, labels)
-    assert len(made) == 2
-    predictor.set_image(scene(96, 128))
-    agree()
-    assert len(made) == 3
+            weight[:1] += 1
+    assert not close(agree(), before, 1e-3)
+    assert len(preparations) == 2
+
+def test_prepare_uses_the_weights_that_it_names(predictor):
+    """With all others NaN, what it makes is the same."""
+    model = predictor.model
+    before = model.prepare(predictor.features)
+    used = {tensor.data_ptr() for tensor in model.preparing_weights()}
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.data_ptr() not in used:
+                tensor.fill_(math.nan)
+    after = model.prepare(predictor.features)
+    assert torch.equal(after.tokens, before.tokens)
+    assert torch.equal(after.positions, before.positions)
+    for a, b in zip(after.projected, before.projected):
+        assert torch.equal(a, b)
 
 def test_filled_up_prompts(predictor):
     """Label -1 fills prompts up to one length: where and at which place such points lie makes no difference. Their
     number does, in the official model as well: each is a token that the others attend to."""
     def low_res(coords, labels):
-        return predictor.predict_torch(torch.tensor([coords]).float(), torch.tensor([labels]))[2]
+        coords, labels = torch.tensor([coords]), torch.tensor([labels])
+        return predictor.predict_torch(coords.float(), labels)[2]
 
     filled = low_res([[30, 40], [0, 0], [0, 0]], [1, -1, -1])
-    assert torch.equal(filled, low_res([[30, 40], [77, 3], [500, -9]], [1, -1, -1]))
-    assert close(filled, low_res([[9, 9], [30, 40], [5, 5]], [-1, 1, -1]), 1e-5)
+    elsewhere = low_res([[30, 40], [77, 3], [500, -9]], [1, -1, -1])
+    assert torch.equal(filled, elsewhere)
+    in_another_order = low_res([[9, 9], [30, 40], [5, 5]], [-1, 1, -1])
+    assert close(filled, in_another_order, 1e-5)
     assert not close(filled, low_res([[30, 40]], [1]), 1e-4)
 
 def test_batched_forward_equals_predictor():
-    predictor, shapes, resize = sam.SamPredictor(tiny()), [(96, 128), (200, 50)], sam.ResizeLongestSide(128)
-    prompts = [dict(point_coords=torch.tensor([[[20., 30]], [[60, 70]]]), point_labels=torch.ones(2, 1)),
-               dict(boxes=torch.tensor([[3., 5, 28, 100]]), mask_inputs=torch.randn(1, 1, 64, 64))]
-    images = [scene(*shape, seed) for seed, shape in enumerate(shapes)]
+    predictor, resize = sam.SamPredictor(tiny()), sam.ResizeLongestSide(128)
+    points = dict(point_coords=torch.tensor([[[20., 30]], [[60, 70]]]), point_labels=torch.ones(2, 1))
+    box = dict(boxes=torch.tensor([[3., 5, 28, 100]]), mask_inputs=torch.randn(1, 1, 64, 64))
+    prompts = [points, box]
+    images = [scene(96, 128, 0), scene(200, 50, 1)]
+    batch = []
+    for image, prompt in zip(images, prompts):
+        scaled = torch.tensor(resize.apply_image(image)).permute(2, 0, 1)
+        batch.append(dict(image=scaled, original_size=image.shape[:2], **prompt))
     with torch.no_grad():
-        outputs = predictor.model([
-            dict(image=torch.tensor(resize.apply_image(image)).permute(2, 0, 1), original_size=shape, **prompt)
-            for image, shape, prompt in zip(images, shapes, prompts)], multimask_output=True)
-    for image, shape, prompt, output in zip(images, shapes, prompts, outputs):
+        outputs = predictor.model(batch, multimask_output=True)
+    for image, prompt, output in zip(images, prompts, outputs):
         predictor.set_image(image)
-        arguments = (prompt.get(key) for key in ("point_coords", "point_labels", "boxes", "mask_inputs"))
+        arguments = [prompt.get(key) for key in ("point_coords", "point_labels", "boxes", "mask_inputs")]
         masks, scores, low_res = predictor.predict_torch(*arguments)
-        assert output["masks"].shape == masks.shape == (len(scores), 3, *shape) and output["masks"].dtype == torch.bool
-        assert close(output["low_res_logits"], low_res) and close(output["iou_predictions"], scores)
-        assert (output["masks"] == masks).float().mean() > 0.999 and 0 < masks.float().mean() < 1
+        assert masks.shape == (len(scores), 3, *image.shape[:2])
+        assert output["masks"].shape == masks.shape
+        assert output["masks"].dtype == torch.bool
+        assert close(output["low_res_logits"], low_res)
+        assert close(output["iou_predictions"], scores)
+        assert (output["masks"] == masks).float().mean() > 0.999
+        assert 0 < masks.float().mean() < 1
 
-@pytest.mark.parametrize("height, width", [(128, 128), (97, 131), (300, 5), (5, 300), (1, 3000), (1, 1)])
+@pytest.mark.parametrize("height, width", [
+    (128, 128),
+    (97, 131),
+    (300, 5),
+    (5, 300),
+    (1, 3000),
+    (1, 1)])
 @pytest.mark.parametrize("count", [3, 1])
 def test_predictor_takes_any_size(height, width, count):
     predictor = sam.SamPredictor(tiny())
     predictor.set_image(np.full((height, width, 3), 77, np.uint8))
     arguments = dict(point_coords=[[width - 1, 0]], point_labels=[1], multimask_output=count == 3)
     masks, scores, low_res = predictor.predict(**arguments)
-    assert masks.dtype == bool and masks.shape == (count, height, width) and low_res.shape == (count, 64, 64)
-    assert scores.dtype == low_res.dtype == np.float32 and scores.shape == (count,) and np.isfinite(low_res).all()
+    assert masks.dtype == bool
+    assert masks.shape == (count, height, width)
+    assert scores.dtype == np.float32
+    assert scores.shape == (count,)
+    assert low_res.dtype == np.float32
+    assert low_res.shape == (count, 64, 64)
+    assert np.isfinite(low_res).all()
     again, _, refined = predictor.predict(**arguments, mask_input=low_res[:1], return_logits=True)  # goes in again
-    assert again.dtype == np.float32 and again.shape == masks.shape and not close(refined, low_res, 1e-3)  # and matters
+    assert again.dtype == np.float32
+    assert again.shape == masks.shape
+    assert not close(refined, low_res, 1e-3)  # and matters
+
+@pytest.mark.parametrize("size", [(128, 128), (96, 120)])
+def test_predictor_takes_views(predictor, size):
+    """Turned over, mirrored and with every second pixel, whether they are scaled or not."""
+    image = scene(*size)
+    upside_down = image[::-1].copy()
+    mirrored = image[:, ::-1].copy()
+    wide = image.repeat(2, axis=0).repeat(2, axis=1)
+    views = upside_down[::-1], mirrored[:, ::-1], wide[::2, ::2]
+    predictor.set_image(image)
+    expected = predictor.features
+    for view in views:
+        assert not view.flags["C_CONTIGUOUS"]
+        predictor.set_image(view)
+        assert torch.equal(predictor.features, expected)
+
+@pytest.mark.parametrize("count", [3, 1])
+@pytest.mark.parametrize("prompts", [
+    dict(boxes=torch.zeros(0, 4)),
+    dict(point_coords=torch.zeros(0, 2, 2), point_labels=torch.zeros(0, 2)),
+    dict(boxes=torch.zeros(0, 4), mask_input=torch.zeros(0, 1, 64, 64))])
+def test_no_prompts_give_no_masks(predictor, prompts, count):
+    arguments = dict(point_coords=None, point_labels=None) | prompts
+    masks, scores, low_res = predictor.predict_torch(**arguments, multimask_output=count == 3)
+    assert masks.shape == (0, count, 96, 128)
+    assert masks.dtype == torch.bool
+    assert scores.shape == (0, count)
+    assert low_res.shape == (0, count, 64, 64)
 
 def test_predictor_channel_order_and_reset(predictor):
     features = predictor.get_image_embedding()
@@ -416,11 +592,17 @@ def test_predictor_channel_order_and_reset(predictor):
 POINT = dict(point_coords=[[3, 4]], point_labels=[1])
 
 @pytest.mark.parametrize("arguments, words", [
-    (dict(point_coords=[[3, 4]]), "point_labels"), (dict(point_labels=[1]), "point_coords"),
-    (POINT | dict(point_coords=[[np.nan, 4]]), "NaN"), (POINT | dict(point_labels=[2]), "2"),
-    (POINT | dict(point_labels=[0.5]), "0.5"), (POINT | dict(point_labels=[-0.5]), "-0.5"),
-    (dict(point_coords=[3, 4], point_labels=[1]), "shape"), (POINT | dict(point_labels=[1, 0]), "shape"),
-    (dict(box=[1, 2, 3]), "box"), (dict(box=[1, 2, np.inf, 3]), "box"),
+    (dict(point_coords=[[3, 4]]), "point_labels"),
+    (dict(point_labels=[1]), "point_coords"),
+    (POINT | dict(point_coords=[[np.nan, 4]]), "NaN"),
+    (POINT | dict(point_labels=[2]), "2"),
+    (POINT | dict(point_labels=[0.5]), "0.5"),
+    (POINT | dict(point_labels=[-0.5]), "-0.5"),
+    (dict(point_coords=[3, 4], point_labels=[1]), "shape"),
+    (dict(point_coords=[[3, 4, 5]], point_labels=[1]), "(K, 2)"),
+    (POINT | dict(point_labels=[1, 0]), "shape"),
+    (dict(box=[1, 2, 3]), "box"),
+    (dict(box=[1, 2, np.inf, 3]), "box"),
     (POINT | dict(mask_input=np.zeros((1, 63, 64))), "(1, 64, 64)"),
     (POINT | dict(mask_input=np.full((1, 64, 64), np.nan)), "mask_input")])
 def test_prompts_that_make_no_sense(predictor, arguments, words):
@@ -428,8 +610,10 @@ def test_prompts_that_make_no_sense(predictor, arguments, words):
         predictor.predict(**arguments)
     assert predictor.predict(**POINT)[0].shape == (3, 96, 128)  # the next prompt is answered
 
-def test_pictures_that_the_predictor_refuses(predictor):
-    for image in (scene() / 255, scene()[..., 0], np.zeros((9, 9, 4), np.uint8), np.zeros((0, 9, 3), np.uint8)):
+def test_images_that_the_predictor_refuses(predictor):
+    four_channels = np.zeros((9, 9, 4), np.uint8)
+    no_rows = np.zeros((0, 9, 3), np.uint8)
+    for image in (scene() / 255, scene()[..., 0], four_channels, no_rows):
         with refused(str(image.dtype), str(image.shape)):
             predictor.set_image(image)
     with refused("RGBA"):
@@ -438,111 +622,188 @@ def test_pictures_that_the_predictor_refuses(predictor):
         predictor.set_torch_image(torch.zeros(1, 3, 100, 90), (100, 90))
 
 @pytest.mark.parametrize("size, scaled, xy, expected", [
-    ((50, 100), (64, 128), (99, 49), (126.72, 62.72)), ((256, 64), (128, 32), (10, 200), (5, 100)),
-    ((427, 640), (85, 128), (320, 427), (64, 85)), ((5, 300), (2, 128), (150, 5), (64, 2)),
+    ((50, 100), (64, 128), (99, 49), (126.72, 62.72)),
+    ((256, 64), (128, 32), (10, 200), (5, 100)),
+    ((427, 640), (85, 128), (320, 427), (64, 85)),
+    ((5, 300), (2, 128), (150, 5), (64, 2)),
     ((1, 3000), (1, 128), (3000, 1), (128, 1))])
 def test_scaling_of_coordinates(size, scaled, xy, expected):
     resize = sam.ResizeLongestSide(128)
     assert resize.get_preprocess_shape(*size) == scaled
     assert resize.apply_image(np.zeros((*size, 3), np.uint8)).shape == (*scaled, 3)
-    for point in (np.array([[xy]], np.float64), torch.tensor([[xy]]).double()):  # out: float32, which all devices have
+    for point in (np.array([[xy]], np.float64), torch.tensor([[xy]]).double()):
         out = resize.apply_coords(point, size)
-        assert str(out.dtype).endswith("float32") and np.allclose(out[0, 0], expected, rtol=1e-6)
-    assert np.allclose(resize.apply_boxes(np.array([[*xy, *xy]]), size), [[*expected, *expected]], rtol=1e-6)
+        assert str(out.dtype).endswith("float32")  # which all devices have
+        assert np.allclose(out[0, 0], expected, rtol=1e-6)
+    box = resize.apply_boxes(np.array([[*xy, *xy]]), size)
+    assert np.allclose(box, [[*expected, *expected]], rtol=1e-6)
 
-def test_positions_are_interpolated_to_another_image_size(tmp_path):
-    """Absolute positions that are a plane stay one, relative ones that are a line stay one; the rest is untouched."""
+@pytest.fixture
+def small(tmp_path):
+    """vit_t and the same at image size 64, from a file. Its absolute positions are the plane y + 3 x, those of layer 1
+    relative to each other a line from -1 to 1."""
     model = tiny()
-    encoder, line = model.image_encoder, torch.linspace(-1, 1, 31)[:, None].expand(-1, 32)
+    encoder = model.image_encoder
+    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    plane = (y + 3 * x)[:, :, None]
+    line = torch.linspace(-1, 1, 31)[:, None]
     with torch.no_grad():
-        y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
-        encoder.pos_embed.copy_((y + 3 * x)[None, ..., None].expand_as(encoder.pos_embed))
-        encoder.blocks[1].attn.rel_pos_h.copy_(line)
+        encoder.pos_embed.copy_(plane.expand_as(encoder.pos_embed))
+        encoder.blocks[1].attn.rel_pos_h.copy_(line.expand(-1, 32))
     torch.save(model.state_dict(), tmp_path / "w.pth")
-    small = sam.build_sam("vit_t", tmp_path / "w.pth", image_size=64)
-    assert small.image_encoder.pos_embed.shape == (1, 8, 8, 160)
-    middle = small.image_encoder.pos_embed[0, 2:6, 2:6, 0]  # away from the rim, where the filter lacks neighbours
-    expected = (2 * y + 0.5 + 3 * (2 * x + 0.5))[2:6, 2:6]  # each new token lies between two old ones
+    return model, sam.build_sam("vit_t", tmp_path / "w.pth", image_size=64)
+
+def test_positions_are_interpolated_to_another_image_size(small):
+    """A plane stays one, a line stays one; the rest is untouched."""
+    large, small = (model.image_encoder for model in small)
+    assert small.pos_embed.shape == (1, 8, 8, 160)
+    y, x = torch.meshgrid(torch.arange(2.0, 6), torch.arange(2.0, 6), indexing="ij")
+    middle = small.pos_embed[0, 2:6, 2:6, 0]  # away from the rim, where the filter lacks neighbours
+    expected = 2 * y + 0.5 + 3 * (2 * x + 0.5)  # each new token lies between two old ones
     assert torch.allclose(middle, expected, atol=1e-3)
-    table = small.image_encoder.blocks[1].attn.rel_pos_h[:, 0]
-    assert table.shape == (15,) and torch.allclose(table.diff()[2:-2], torch.full((10,), 2 / 30 * 31 / 15), atol=1e-5)
-    assert torch.equal(small.image_encoder.blocks[0].attn.rel_pos_h, encoder.blocks[0].attn.rel_pos_h)
-    predictor = sam.SamPredictor(small)
+    table = small.blocks[1].attn.rel_pos_h[:, 0]
+    assert table.shape == (15,)
+    slope = torch.tensor(2 / 30 * 31 / 15)
+    assert torch.allclose(table.diff()[2:-2], slope, atol=1e-5)
+    assert torch.equal(small.blocks[0].attn.rel_pos_h, large.blocks[0].attn.rel_pos_h)
+
+def test_prediction_at_another_image_size(small):
+    predictor = sam.SamPredictor(small[1])
     predictor.set_image(scene())
     masks, _, low_res = predictor.predict(np.array([[50, 60]]), [1])
-    assert masks.shape == (3, 120, 160) and low_res.shape == (3, 32, 32)
+    assert masks.shape == (3, 120, 160)
+    assert low_res.shape == (3, 32, 32)
     for size in (60, 8, 8192):
         with refused("image size", str(size)):
             sam.build_sam("vit_t", image_size=size)
 
-@pytest.mark.parametrize("pictures_at_once", [1, 3])
-def test_attention_projected_last_is_attention(pictures_at_once):
-    """Between 3 x 5 tokens and one picture, or three: as projected first, to rounding, gradients included."""
+@pytest.fixture(params=[1, 3], ids=["one image", "an image each"])
+def block(request):
+    """A first layer of the decoder, 3 x 5 tokens and their positions, and ImageTokens of one image, or of three."""
     torch.manual_seed(0)
-    layer = sam.CrossAttention(16, 4, downsample=2).double()
-    tokens, pe = (torch.randn(3, 5, 16).double().requires_grad_() for _ in range(2))
-    image, places = (torch.randn(pictures_at_once, 49, 16).double().requires_grad_() for _ in range(2))
-    onto_image = functools.partial(layer.image_to_tokens, image)
-    pairs = ((layer.tokens_to_image, 0, (tokens, places, image)), (onto_image, image, (places, pe, tokens)))
-    for quick, start, (q, k, v) in pairs:
-        plain, fast = start + layer(*(t.expand(3, -1, -1) for t in (q, k, v))), quick(q, k, v)
-        assert fast.shape == plain.shape and torch.allclose(fast, plain, atol=1e-12)
-        for a, b in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v, layer.q_proj.bias, layer.v_proj.weight))
-                          for y in (plain, fast))):
-            assert a.abs().max() > 1e-3 and torch.allclose(a, b, atol=1e-10)
+    layer = sam.TwoWayAttentionBlock(16, 4, 32, first=True).double()
+    shapes = (3, 5, 16), (3, 5, 16), (request.param, 49, 16), (1, 49, 16)
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    tokens, token_pe, pixels, positions = (tensor.requires_grad_() for tensor in tensors)
+    return layer, tokens, token_pe, sam.ImageTokens(pixels, positions)
+
+def same_with_gradients(found, expected, inputs):
+    """Equal to rounding, and so is what comes back to each input, which is not zero."""
+    assert found.shape == expected.shape
+    assert torch.allclose(found, expected, atol=1e-12)
+    gradients = torch.autograd.grad(found.square().sum(), inputs)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), inputs)
+    for gradient, plain in zip(gradients, expected_gradients):
+        assert plain.abs().max() > 1e-3
+        assert torch.allclose(gradient, plain, atol=1e-10)
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_tokens_to_image_is_plain_attention(block, projected):
+    block, tokens, _, image = block
+    layer = block.cross_attn_token_to_image
+    pixels = image.tokens.expand(3, -1, -1)
+    expected = layer(tokens, pixels + image.positions, pixels)
+    if projected:
+        image.projected = block.project(image)
+    found = layer.tokens_to_image(tokens, image)
+    inputs = tokens, image.tokens, image.positions, layer.q_proj.bias, layer.v_proj.weight
+    same_with_gradients(found, expected, inputs)
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_image_to_tokens_is_plain_attention(block, projected):
+    block, tokens, token_pe, image = block
+    layer = block.cross_attn_image_to_token
+    pixels = image.tokens.expand(3, -1, -1)
+    expected = pixels + layer(pixels + image.positions, tokens + token_pe, tokens)
+    if projected:
+        image.projected = block.project(image)
+    found = layer.image_to_tokens(image, tokens + token_pe, tokens)
+    inputs = tokens, token_pe, image.tokens, image.positions, layer.q_proj.bias, layer.v_proj.weight
+    same_with_gradients(found, expected, inputs)
+
+def test_only_tokens_that_are_read_look_at_last():
+    """The others change nothing: each looks by itself."""
+    transformer = tiny().mask_decoder.transformer
+    image = sam.ImageTokens(torch.randn(1, 36, 128), torch.randn(1, 36, 128))
+    tokens = torch.randn(2, 7, 128)
+    every, _ = transformer(image, tokens, outputs=7)
+    some, _ = transformer(image, tokens, outputs=2)
+    assert some.shape == (2, 2, 128)
+    assert close(some, every[:, :2], 1e-5)
 
 def test_upscaling_pixel_by_pixel_is_the_transposed_convolution():
-    decoder, torch_image = tiny().mask_decoder, torch.randn(2, 6 * 6, 128)
-    expected = decoder.output_upscaling(torch_image.mT.reshape(2, 128, 6, 6))  # (2, 16, 24, 24)
-    found = decoder.upscale(torch_image, torch.eye(16).expand(2, -1, -1))  # each channel a mask of its own
-    found = found.view(2, 6, 6, 2, 2, 2, 2, 16).permute(0, 7, 1, 3, 5, 2, 4, 6)
-    assert close(found.reshape(2, 16, 24, 24), expected, 1e-5)
+    decoder = tiny().mask_decoder
+    pixels, kernels = torch.randn(2, 6 * 6, 128), torch.randn(2, 3, 16)
+    upscaled = decoder.output_upscaling(pixels.mT.reshape(2, 128, 6, 6))  # (2, 16, 24, 24)
+    expected = torch.einsum("pchw,pmc->pmhw", upscaled, kernels)
+    assert close(decoder.upscale(pixels, kernels), expected, 1e-5)
 
-@pytest.mark.parametrize("which", ["one picture", "a picture each", "picture by index"])
+@pytest.mark.parametrize("which", ["one image", "an image each", "image by index"])
 def test_many_prompts_in_parts_are_as_in_one(monkeypatch, which):
-    model, boxes = tiny(), torch.rand(7, 4, generator=torch.Generator().manual_seed(0)).sort()[0] * 128
-    embeddings = encode(model, pictures(*range({"one picture": 1, "a picture each": 7, "picture by index": 3}[which])))
-    asked = dict(boxes=boxes, masks=torch.randn(7, 1, 64, 64) if which == "a picture each" else None)
-    if which == "picture by index":
-        asked["image_index"] = torch.tensor([0, 2, 1, 1, 0, 2, 2])
-    whole = model.decode(embeddings, **asked)
+    model = tiny()
+    images = {"one image": 1, "an image each": 7, "image by index": 3}[which]
+    embeddings = encode(model, pictures(*range(images)))
+    rng = torch.Generator().manual_seed(0)
+    corners, _ = torch.rand(7, 4, generator=rng).sort()
+    prompts = dict(boxes=corners * 128)
+    if which == "an image each":
+        prompts["masks"] = torch.randn(7, 1, 64, 64)
+    if which == "image by index":
+        prompts["image_index"] = torch.tensor([0, 2, 1, 1, 0, 2, 2])
+    whole = model.decode(embeddings, **prompts)
     monkeypatch.setitem(sam.TOKENS_AT_ONCE, "cpu", 2 * 256)  # two prompts at a time, then one
-    parts = model.decode(embeddings, **asked)
-    assert whole[0].shape == (7, 1, 64, 64) and all(close(a, b, 1e-5) for a, b in zip(parts, whole))
+    parts = model.decode(embeddings, **prompts)
+    assert whole[0].shape == (7, 1, 64, 64)
+    for part, expected in zip(parts, whole):
+        assert close(part, expected, 1e-5)
+
+def test_an_image_for_each_prompt_or_one_for_all():
+    boxes = torch.tensor([[1., 2, 30, 40]]).expand(7, -1)
     with pytest.raises(RuntimeError):
-        model.decode(embeddings[:1].expand(2, -1, -1, -1), boxes=boxes)  # two pictures for seven prompts
+        tiny().decode(torch.zeros(2, 128, 16, 16), boxes=boxes)
 
 def test_gradients_flow_except_in_the_predictor(predictor):
     model = predictor.model
-    points, mask = (torch.tensor([[[9., 9]]]), torch.tensor([[1]])), torch.randn(1, 1, 64, 64)
-    low_res, scores = model.decode(model.image_encoder(pictures(0)), points, masks=mask, multimask_output=True)
+    points = torch.tensor([[[9., 9]]]), torch.tensor([[1]])
+    mask = torch.randn(1, 1, 64, 64)
+    embedding = model.image_encoder(pictures(0))
+    low_res, scores = model.decode(embedding, points, masks=mask, multimask_output=True)
     (low_res.square().sum() + scores.sum()).backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    # what one object point, a mask and three outputs leave out: other labels, "no mask", the mask for clear prompts;
-    # and biases that move all scores of a token alike
+    # What one object point, a mask and three outputs leave out: other labels, "no mask", the mask for clear prompts;
+    # and biases that move all scores of a token alike.
     unused = r"point_embeddings\.[023]|no_mask_embed|hypernetworks_mlps\.0|token_to_image\.k_proj\.bias"
-    assert [name for name in silent if not re.search(unused, name)] == [] and len(silent) < 15
+    for name, parameter in model.named_parameters():
+        if not re.search(unused, name):
+            assert parameter.grad.any(), name
     assert not predictor.features.requires_grad
-    assert not predictor.predict_torch(None, None, torch.tensor([[1., 1, 9, 9]]))[2].requires_grad
+    _, _, low_res = predictor.predict_torch(None, None, torch.tensor([[1., 1, 9, 9]]))
+    assert not low_res.requires_grad
 
 # ---- SAM: files and command line ------------------------------------------------------------------------------------
 
 POS_EMBED, BIAS = "image_encoder.pos_embed", "mask_decoder.iou_prediction_head.layers.2.bias"
 
 @pytest.mark.parametrize("content, words", [
-    (b"", ["not a readable"]), (b"<html>404 not found</html>\n" * 9, ["not a readable"]), (b"cut", ["not a readable"]),
-    (torch.nn.Linear(1, 1), ["not a readable"]), ([1, 2], ["not a SAM checkpoint"]),
-    ({"a": torch.ones(2)}, ["not a SAM checkpoint"]), ({"model": {POS_EMBED: torch.ones(2)}}, ["not a SAM checkpoint"]),
-    ({POS_EMBED: torch.ones(2)}, ["not a SAM checkpoint"]), ({POS_EMBED: 3}, ["not a SAM checkpoint"]),
-    (lambda w: w.pop(BIAS), ["lacks", BIAS]), (lambda w: w.update({BIAS: 5}), [BIAS]),
+    (b"", ["not a readable"]),
+    (b"<html>404 not found</html>\n" * 9, ["not a readable"]),
+    (b"cut", ["not a readable"]),
+    (torch.nn.Linear(1, 1), ["not a readable"]),
+    ([1, 2], ["not a SAM checkpoint"]),
+    ({"a": torch.ones(2)}, ["not a SAM checkpoint"]),
+    ({"model": {POS_EMBED: torch.ones(2)}}, ["not a SAM checkpoint"]),
+    ({POS_EMBED: torch.ones(2)}, ["not a SAM checkpoint"]),
+    ({POS_EMBED: 3}, ["not a SAM checkpoint"]),
+    (lambda w: w.pop(BIAS), ["lacks", BIAS]),
+    (lambda w: w.update({BIAS: 5}), [BIAS]),
     (lambda w: w.update({BIAS: torch.ones(4).int()}), [BIAS]),
-    (lambda w: w.update({"image_encoder.blocks": torch.ones(1)}), [""]),
+    (lambda w: w.update({"image_encoder.blocks": torch.ones(1)}), ["unknown", "image_encoder.blocks"]),
     (lambda w: w.update({"sam_hq.weight": torch.ones(1)}), ["unknown", "sam_hq.weight"]),
     (lambda w: w.update({BIAS: torch.ones(5)}), [BIAS, "(5,)", "(4,)"]),
     (lambda w: w[BIAS].fill_(math.nan), [BIAS, "NaN"]),
     (lambda w: w[POS_EMBED].view(-1)[7:8].fill_(math.inf), [POS_EMBED, "infinite"])])
 def test_checkpoints_that_are_refused(tmp_path, content, words):
-    path, weights = tmp_path / "w.pth", {key: value.clone() for key, value in tiny_weights().items()}
+    path = tmp_path / "w.pth"
+    weights = {key: value.clone() for key, value in tiny_weights().items()}
     if type(content).__name__ == "function":
         content(weights)
         content = weights
@@ -561,46 +822,81 @@ def test_checkpoint_of_another_backbone_is_named(tmp_path):
     with refused("vit_g", "vit_t, vit_b, vit_l, vit_h"):
         sam.build_sam("vit_g")
 
+def test_sam_needs_no_other_file_of_the_project(tmp_path):
+    """But for its command line."""
+    shutil.copy(sam.__file__, tmp_path)
+    program = "import sam; print(type(sam.SamPredictor(sam.build_sam('vit_t'))).__name__)"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "SamPredictor", done.stderr
+
 @pytest.fixture
 def tiny_files(tmp_path, monkeypatch):
-    """A picture and a vit_t checkpoint in the working folder: the arguments that name them."""
+    """An image and a vit_t checkpoint in the working folder: the arguments that name them."""
     monkeypatch.chdir(tmp_path)
     Image.fromarray(scene(60, 90)).save("photo.png")
     torch.save(tiny_weights(), "w.pth")
     return ["photo.png", "--backbone", "vit_t", "--checkpoint", "w.pth", "--out", "o.png", "--mask", "m.png"]
 
+ONE_POINT = dict(point_coords=[[40, 30]], point_labels=[1])
+POINTS_AND_BOX = dict(point_coords=[[40, 30], [5, 9]], point_labels=[1, 0], box=[3, 3, 80, 50], multimask_output=False)
+
 @pytest.mark.parametrize("method", [None, "gara"])
 @pytest.mark.parametrize("arguments, prompt", [
-    (["--point", "40,30"], dict(point_coords=[[40, 30]], point_labels=[1])),
-    (["--point", "40,30", "--point", "5,9,0", "--box", "3,3,80,50"],
-     dict(point_coords=[[40, 30], [5, 9]], point_labels=[1, 0], box=[3, 3, 80, 50], multimask_output=False))])
+    (["--point", "40,30"], ONE_POINT),
+    (["--point", "40,30", "--point", "5,9,0", "--box", "3,3,80,50"], POINTS_AND_BOX)])
 def test_sam_command_line_equals_predictor(tmp_path, tiny_files, capsys, arguments, prompt, method):
-    model, plain = tiny(method), sam.SamPredictor(tiny())
+    model = tiny(method)
     if method:
         gara.save_adapter(model, "a.pt")
         arguments = [*arguments, "--adapter", "a.pt"]
     assert run_cli(sam.main, *tiny_files, *arguments) == 0
-    predictor = sam.SamPredictor(model)
+    predictor, plain = sam.SamPredictor(model), sam.SamPredictor(tiny())
     predictor.set_image(scene(60, 90))
     plain.set_image(scene(60, 90))
     masks, scores, low_res = predictor.predict(**prompt)
     best = masks[scores.argmax()]
-    assert np.array_equal(np.asarray(Image.open("m.png")), best * np.uint8(255)) and 0 < best.sum() < best.size
-    assert Image.open("o.png").size == (90, 60) and f"{best.sum():,} pixels" in capsys.readouterr().out
+    assert 0 < best.sum() < best.size
+    assert np.array_equal(np.asarray(Image.open("m.png")), best * np.uint8(255))
+    assert Image.open("o.png").size == (90, 60)
+    assert f"{best.sum():,} pixels" in capsys.readouterr().out
     assert (method is None) == close(plain.predict(**prompt)[2], low_res, 1e-3)  # the adapter acts
-    assert {path.name for path in everything(tmp_path)} - {"a.pt"} == {"m.png", "o.png", "photo.png", "w.pth"}
+    names = {path.name for path in everything(tmp_path)}
+    assert names - {"a.pt"} == {"m.png", "o.png", "photo.png", "w.pth"}
 
-@pytest.mark.parametrize("arguments", [
-    [], ["--point", "1"], ["--point", "90,10"], ["--point", "nan,3"], ["--box", "50,5,40,9"], ["--box", "1,2,3"],
-    ["--point", "1,1,7"], ["--point", "1,1,0.5"], ["--what"], ["--backbone", "vit_b"], ["--checkpoint", "none.pth"],
-    ["--adapter", "none.pt"], ["--adapter", "w.pth"], ["--out", "no/o.png"], ["--mask", "no/m.png"],
-    ["--device", "nonsense"], ["--device", "cuda:99"], "w.pth", "none.png"])  # these two: as the picture
-def test_sam_command_line_mistakes_end_in_one_line(tmp_path, tiny_files, capsys, arguments):
+AT = ["--point", "1,1"]
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "say what to segment"),
+    (["--point", "1"], "--point takes"),
+    (["--point", "90,10"], "90,10 lies outside photo.png"),
+    (["--point", "nan,3"], "nan,3 lies outside"),
+    (["--box", "50,5,40,9"], "x0 < x1"),
+    (["--box", "1,2,3"], "--box takes 4"),
+    (["--box", "1,2,91,9"], "91,9 lies outside"),
+    (["--point", "1,1,7"], "point_labels"),
+    (["--point", "1,1,0.5"], "point_labels"),
+    (AT + ["--what"], "--what"),
+    (AT + ["--backbone", "vit_b"], "w.pth holds vit_t"),
+    (AT + ["--checkpoint", "none.pth"], "none.pth"),
+    (AT + ["--adapter", "none.pt"], "none.pt"),
+    (AT + ["--adapter", "w.pth"], "w.pth"),
+    (AT + ["--out", "no/o.png"], "no/o.png"),
+    (AT + ["--mask", "no/m.png"], "no/m.png"),
+    (AT + ["--device", "nonsense"], "nonsense"),
+    (AT + ["--device", "cuda:99"], "CUDA")])
+def test_sam_command_line_mistakes_end_in_one_line(tmp_path, tiny_files, capsys, arguments, words):
     before = everything(tmp_path)
-    picture, arguments = (arguments, []) if isinstance(arguments, str) else (tiny_files[0], arguments)
-    point = [] if arguments[:1] in ([], ["--point"], ["--box"]) and picture == tiny_files[0] else ["--point", "1,1"]
-    assert run_cli(sam.main, picture, *tiny_files[1:], *point, *arguments) == 2
-    assert one_error(capsys) and everything(tmp_path) == before
+    assert run_cli(sam.main, *tiny_files, *arguments) == 2
+    assert one_error(capsys, words)
+    assert everything(tmp_path) == before
+
+@pytest.mark.parametrize("image", ["w.pth", "none.png"])
+def test_sam_command_line_refuses_what_is_no_image(tmp_path, tiny_files, capsys, image):
+    before = everything(tmp_path)
+    assert run_cli(sam.main, image, *tiny_files[1:], *AT) == 2
+    assert one_error(capsys, image)
+    assert everything(tmp_path) == before
 
 # ---- GaRA: the operation --------------------------------------------------------------------------------------------
 
