@@ -4343,7 +4343,7 @@ def test_samples_are_the_least_middling_and_most_gains(demo):
     gains = [row["iou"]["right"] - row["iou"]["half"] for row in shown]
     ious = evaluate.image_ious(rows, ["half", "right"], conditions[1:], "point")
     assert gains[0] == (ious[1] - ious[0]).min()
-    assert gains == sorted(gains)
+    assert gains[0] <= min(gains[1:])
     assert shown[0]["condition"] == "snow"
     assert len({row["condition"] for row in shown}) == 3
     for row in shown:
@@ -4505,7 +4505,6 @@ def test_the_studys_report_says_what_the_folders_hold(plan, tmp_path, monkeypatc
         os.makedirs(folder)
         if "runs" in folder.split(os.sep):
             open(f"{folder}/run.json", "w").write(json.dumps(dict(learnable_parameters=4321)))
-            open(f"{folder}/log.jsonl", "w").write('{"validation": 1}\n{"loss": 1, "images_per_second": 23.4}\n')
             continue
         name = os.path.basename(folder).rpartition("_")[0]
         if name not in study.EVALUATIONS:
@@ -4533,15 +4532,16 @@ def test_the_studys_report_says_what_the_folders_hold(plan, tmp_path, monkeypatc
     text = open("study/report.md").read()
     assert re.findall(r"^## (\d)", text, re.M) == [*"123456789"]
     assert "nan" not in text
-    for words in ("4,321 | 23.4", "77.77", "train.py --seed 7    # 61 s", "| LoRA 64 - SAM |", "| GaRA - LoRA 64 |",
+    for words in ("| 4,321 |", "77.77", "train.py --seed 7    # 61 s", "| LoRA 64 - SAM |", "| GaRA - LoRA 64 |",
                   "| Table 10: random gates | GaRA, random gates |", "| GaRA per window | 6."):
         assert words in text
     for name in re.findall(r"\]\((.*?)\)", text):
         assert Image.open(f"study/{name}").width == 1400
     for name, run in (("unseen", "unseen_gara"), ("real", "real_gara"), ("main", "moe")):
         column = "point night" if name == "real" else "point degraded"
-        of_seeds = [means[name, f"{run}_{seed}"][column][0] for seed in range(plan["seeds"])]
-        lines = text.split(f"study/{name}_*", 1)[1].splitlines()
+        seeds = 1 if name in study.ONCE else plan["seeds"]
+        of_seeds = [means[name, f"{run}_{seed}"][column][0] for seed in range(seeds)]
+        lines = text.split(f"study/{name}_{0 if name in study.ONCE else '*'}`", 1)[1].splitlines()
         row = next(line for line in lines if line.startswith(f"| {study.label_of(run)} |"))
         assert row.split("|")[2].split()[0] == f"{100 * np.mean(of_seeds):.1f}"
 

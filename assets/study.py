@@ -644,7 +644,7 @@ class Report:
         self.say("On scenes of the base model's kind, without bold patterns, which no adapter was trained on:")
         plain = gather(self.out, "main", self.seeds, os.path.join(self.out, "plain"))
         self.say(mean_table(plain, runs), difference_table(plain, gains), difference_table(plain, against))
-        self.say(training_costs(self.out, self.adapted))
+        self.say(learnable_parameters(self.out, self.adapted))
 
     def unseen(self):
         self.say("## 4. Corruptions that were not trained on", f"`{self.out}/unseen_0`, seed 0. Tested on "
@@ -735,20 +735,13 @@ class Report:
                 self.say(f"    {' '.join([os.path.basename(script), *words])}    # {job['seconds']:.0f} s")
 
 
-def training_costs(out, runs):
-    """Markdown: what learns, and how fast."""
+def learnable_parameters(out, runs):
+    """Markdown: how much each of the runs learns. How fast is for bench.py to say: here others run beside."""
     rows = []
     for run in runs:
-        place = os.path.join(out, "runs", f"{run}_0")
-        with open(os.path.join(place, "run.json")) as file:
-            learnable = json.load(file)["learnable_parameters"]
-        speeds = []
-        with open(os.path.join(place, "log.jsonl")) as file:
-            for line in map(json.loads, file):
-                if "loss" in line:
-                    speeds.append(line["images_per_second"])
-        rows.append([label_of(run), f"{learnable:,}", f"{np.median(speeds):.1f}"])
-    return table(["training", "learnable parameters", "images/s, one thread"], rows)
+        with open(os.path.join(out, "runs", f"{run}_0", "run.json")) as file:
+            rows.append([label_of(run), f"{json.load(file)['learnable_parameters']:,}"])
+    return table(["training", "learnable parameters"], rows)
 
 
 def study(args):
