@@ -565,10 +565,7 @@ def gated_models(results):
 def unpack_gates(results, model, condition):
     """A model's gates in a condition: of each layer (vectors bool (images, decisions, components), spaces (images,
     decisions)). A layer decides once for an image, or once for each window."""
-    rank = 0
-    for key, value in results["models"][model]["options"].items():
-        if key.startswith("rank") or key == "experts":
-            rank += int(np.sum(value))
+    rank = sum(gara.ranks_of(results["models"][model]["options"]))
     images = [image["gates"][model][condition] for image in results["images"]]
     layers = []
     for layer in range(len(images[0])):
@@ -1406,19 +1403,13 @@ def predict_samples(results, models, datasets, amp="off", rows=6):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-NAMES = dict(gara="GaRA", gara_flat="GaRA flat", gara_space="GaRA, gating 1 alone", gara_random="GaRA, random gates",
-             lora="LoRA", moe_lora="MoE-LoRA")
-
-
 def name_of(content):
     """What tables call the model of an adapter file: "LoRA 16"; of GaRA, what differs from the paper's setting."""
-    options = content["options"]
-    usual = gara.default_options(content["method"], content["backbone"])
-    name = NAMES[content["method"]]
-    ranks = {key: value for key, value in options.items() if key.startswith("rank") or key == "experts"}
-    if "rank_low" not in ranks or any(usual[key] != value for key, value in ranks.items()):
-        numbers = np.ravel(list(ranks.values()))
-        name += " " + ",".join(map(str, numbers))
+    method, options = content["method"], content["options"]
+    usual = gara.default_options(method, content["backbone"])
+    name, ranks = gara.METHODS[method].title, gara.ranks_of(options)
+    if "rank_low" not in options or ranks != gara.ranks_of(usual):
+        name += " " + ",".join(map(str, ranks))
     if options.get("scope", "image") != "image":
         name += f" per {options['scope']}"
     if options.get("temperature", 0.5) != 0.5:
