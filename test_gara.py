@@ -4668,8 +4668,15 @@ def test_bench_gara(capsys):
         assert float(milliseconds) > 0
         assert float(difference) < 1e-4
         assert float(rows[f"rank {rank}: x A m B by autograd"][0]) > 0
-    for name in ("SAM", *(f"GaRA, {count} of 48 components" for count in (48, 24, 1))):
+    for name in ("SAM", *(f"GaRA, {count} of 48 components" for count in (48, 24, 1)), "GaRA per window"):
         assert float(rows[name][0]) > 0
+
+def test_bench_step(capsys):
+    assert run_cli(bench.main, "step", "--backbone", "vit_t", "--rounds", 1, "--device", "cpu") == 0
+    rows = bench_rows(capsys.readouterr().out)
+    for method in ("LoRA 16", "GaRA", "GaRA per window"):
+        assert float(rows[f"{method}, bfloat16"][0]) > 0
+        assert float(rows[f"{method}, float32"][0]) > 0
 
 def test_gates_that_are_set_open():
     model, x = tiny("gara").eval(), pictures(0, 2)

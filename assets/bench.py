@@ -3,6 +3,7 @@
     python assets/bench.py sam --backbone vit_b         image encoder and mask decoder, random weights
     python assets/bench.py sam --against assets/others.py:official       ... and another implementation beside
     python assets/bench.py gara --backbone vit_b        what GaRA costs: parameters, one layer in training, the encoder
+    python assets/bench.py step --backbone vit_b        a training step of the encoder, with LoRA and with GaRA
     python assets/bench.py train --data demo/           where a training step's time goes; flags are train.py's own
     python assets/bench.py corruptions photo.jpg        each of the 15 corruptions
     python assets/bench.py models --ckpt gara.pt --data demo/            the paper's Table 8
@@ -296,7 +297,6 @@ def bench_gara(args):
     print(f"{args.backbone}, batch {args.batch}, float32, {setting(args)}")
     bench_layer(args)
     bench_adapted_encoder(args)
-    bench_training(args)
 
 
 def bench_layer(args):
@@ -384,8 +384,19 @@ def random_images(args):
     return torch.randn(args.batch, 3, side, side, device=args.device)
 
 
-def bench_training(args):
-    """A training step of the image encoder, forward and backward into the adapter, in bfloat16 and float32."""
+def open_components(sam, count):
+    """Have every layer's gates choose the first `count` components of the higher-rank set, whatever the image."""
+    for adapter in gara.adapters(sam):
+        for mlp, ones in ((adapter.gate.g_space, 1), (adapter.gate.g_H, count)):
+            last = mlp[-1]
+            last.weight.zero_()
+            last.bias.copy_(torch.arange(len(last.bias)) < ones).sub_(0.5)
+
+
+# ---------------------------------------------------------------- step: LoRA and GaRA in training
+
+def bench_step(args):
+    """Print what a training step of the image encoder takes, forward and backward into the adapter: LoRA and GaRA."""
     image = random_images(args)
     methods = {"LoRA 16": ("lora", dict(rank=16)), "GaRA": ("gara", {}), "GaRA per window": ("gara", dict(scope="window"))}
 
@@ -406,17 +417,8 @@ def bench_training(args):
             rows.append([name, "-", row["failed"]])
         else:
             rows.append([name, f"{row['seconds']:.2f}", megabytes(row["peak"])])
-    print("image encoder, a training step\n")
+    print(f"{args.backbone}, batch {args.batch}, image encoder, a training step, {setting(args)}")
     print_rows(["", "seconds", "peak MB"], rows)
-
-
-def open_components(sam, count):
-    """Have every layer's gates choose the first `count` components of the higher-rank set, whatever the image."""
-    for adapter in gara.adapters(sam):
-        for mlp, ones in ((adapter.gate.g_space, 1), (adapter.gate.g_H, count)):
-            last = mlp[-1]
-            last.weight.zero_()
-            last.bias.copy_(torch.arange(len(last.bias)) < ones).sub_(0.5)
 
 
 # ---------------------------------------------------------------- train: where a training step's time goes
@@ -597,14 +599,16 @@ def parse(argv):
         return args
 
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(required=True, metavar="sam | gara | train | corruptions | models")
-    sam, gara_, photo, models = (kinds.add_parser(name) for name in ("sam", "gara", "corruptions", "models"))
-    for kind, bench in ((sam, bench_sam), (gara_, bench_gara), (photo, bench_corruptions), (models, bench_models)):
+    kinds = parser.add_subparsers(required=True, metavar="sam | gara | step | train | corruptions | models")
+    sam, gara_, step, photo, models = (kinds.add_parser(name) for name in (
+        "sam", "gara", "step", "corruptions", "models"))
+    for kind, bench in ((sam, bench_sam), (gara_, bench_gara), (step, bench_step), (photo, bench_corruptions),
+                        (models, bench_models)):
         kind.set_defaults(bench=bench)
         kind.add_argument("--rounds", type=int, default=5, help="how often each row is timed (default 5)")
         if kind is not photo:
             kind.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for kind in (sam, gara_):
+    for kind in (sam, gara_, step):
         kind.add_argument("--backbone", choices=BACKBONES, default="vit_b")
         kind.add_argument("--batch", type=int, default=1, help="images at once (default 1)")
 
