@@ -422,6 +422,11 @@ class ImageTokens:
         return self.tokens + self.positions
 
 
+def image_tokens(image, image_pe):
+    """(P or 1, C, H, W) and (1, C, H, W) -> ImageTokens."""
+    return ImageTokens(image.flatten(2).mT, image_pe.flatten(2).mT)
+
+
 class DecoderAttention(nn.Module):
     """Multi-head attention whose inner width may be smaller than its outer width.
 
@@ -572,6 +577,11 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
+def masks_of(multimask_output):
+    """Which of the four masks are asked for: the three of an ambiguous prompt, or the one of a clear prompt."""
+    return slice(1, 4) if multimask_output else slice(1)
+
+
 class MaskDecoder(nn.Module):
     """Image and prompt -> four masks, one for a clear prompt and three for an ambiguous one, and their predicted IoU.
 
@@ -596,16 +606,19 @@ class MaskDecoder(nn.Module):
     def forward(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output):
         """Embeddings (1 or P, C, H, W), positions (1, C, H, W), prompts (P, T, C) and (P or 1, C, H, W) -> logits
         (P, M, 4H, 4W) and predicted IoU (P, M): of an ambiguous prompt's three masks, or the one of a clear prompt."""
-        image = image_embeddings + dense_prompt_embeddings
-        image = ImageTokens(image.flatten(2).mT, image_pe.flatten(2).mT)
-        return self.predict_masks(image, sparse_prompt_embeddings, multimask_output)
+        image = image_tokens(image_embeddings + dense_prompt_embeddings, image_pe)
+        return self.predict(image, sparse_prompt_embeddings, masks_of(multimask_output))
 
-    def predict_masks(self, image, sparse, multimask_output):
-        """`forward` for ImageTokens."""
+    def predict_masks(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings):
+        """`forward`, but for all four masks: what training from scratch needs."""
+        image = image_tokens(image_embeddings + dense_prompt_embeddings, image_pe)
+        return self.predict(image, sparse_prompt_embeddings, slice(4))
+
+    def predict(self, image, sparse, wanted):
+        """The `wanted` ones (a slice) of the four masks, for ImageTokens and prompts (P, T, C)."""
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (5, C)
         output_tokens = output_tokens.expand(len(sparse), -1, -1)
         tokens = torch.cat([output_tokens, sparse], dim=1)  # (P, 5 + T, C)
-        wanted = slice(1, 4) if multimask_output else slice(1)
         tokens, pixels = self.transformer(image, tokens, outputs=1 + wanted.stop)
 
         iou_token, *mask_tokens = tokens.unbind(1)  # (P, C) each
@@ -679,7 +692,7 @@ class Sam(nn.Module):
         with torch.autocast(self.device.type, enabled=False):  # the same, whatever the predictions will run in
             no_mask = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
             image_pe = self.prompt_encoder.get_dense_pe()
-            image = ImageTokens((image_embedding + no_mask).flatten(2).mT, image_pe.flatten(2).mT)
+            image = image_tokens(image_embedding + no_mask, image_pe)
             image.projected = self.mask_decoder.transformer.layers[0].project(image)
             return image
 
@@ -711,7 +724,7 @@ class Sam(nn.Module):
         for first in range(0, max(1, len(sparse)), at_once):
             these = slice(first, first + at_once)
             if prepared is not None:
-                output = self.mask_decoder.predict_masks(prepared, sparse[these], multimask_output)
+                output = self.mask_decoder.predict(prepared, sparse[these], masks_of(multimask_output))
             else:
                 image = image_embeddings  # of one image for all prompts, or of one for each
                 if image_index is not None:
