@@ -1762,6 +1762,7 @@ def describe(dataset, most=200):
 
 
 def parse_arguments(argv):
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     add = parser.add_argument
@@ -1782,6 +1783,7 @@ def parse_arguments(argv):
 
 
 def run(args):
+    """What the command line asks for."""
     root, kind = path_and_kind(args.root)
     if args.make_demo:
         make_demo(root, *args.scenes, patterned=args.patterned)

@@ -823,6 +823,7 @@ def ticks(low, high, most=7):
 
 @functools.cache
 def font_of(size):
+    """Pillow's own font; loading it takes longer than drawing with it."""
     return ImageFont.load_default(size)
 
 

@@ -652,6 +652,7 @@ def commit():
 
 
 def sha256(content):
+    """Hex digest of bytes."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -911,6 +912,7 @@ def add_training(add):
 
 
 def flag(name):
+    """masks_per_image -> --masks-per-image."""
     return f"--{name.replace('_', '-')}"
 
 

@@ -126,6 +126,7 @@ def megabytes(peak, weights=0):
 
 
 def weight_bytes(model):
+    """Of all the parameters and buffers that a checkpoint would hold."""
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
