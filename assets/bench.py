@@ -151,6 +151,17 @@ def print_rows(heads, rows):
     print()
 
 
+def times_and_peaks(done, digits):
+    """What `race` gave, as rows of a table: name, seconds, peak MB; or why it failed."""
+    rows = []
+    for name, row in done.items():
+        if "failed" in row:
+            rows.append([name, "-", row["failed"]])
+        else:
+            rows.append([name, f"{row['seconds']:.{digits}f}", megabytes(row["peak"])])
+    return rows
+
+
 def setting(args):
     """Where and how a race was run, for the line above its table."""
     return (f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
@@ -272,12 +283,7 @@ def bench_decoder(sam, others, args):
         works[prefix + "one call, 100 prompts"] = functools.partial(one_call, predictor)
         works[prefix + "100 calls of predict"] = functools.partial(many_calls, predictor)
 
-    rows = []
-    for name, row in race(works, args.device, args.rounds).items():
-        if "failed" in row:
-            rows.append([name, "-", row["failed"]])
-        else:
-            rows.append([name, f"{row['seconds']:.3f}", megabytes(row["peak"])])
+    rows = times_and_peaks(race(works, args.device, args.rounds), digits=3)
     print(f"decoder, 100 points on one image of {width} x {height}\n")
     print_rows(["", "seconds", "peak MB"], rows)
 
@@ -412,12 +418,7 @@ def bench_step(args):
         sam = gara.attach(build_sam(args.backbone), method, **options).to(args.device).train()
         works[f"{name}, bfloat16"] = functools.partial(step, sam, torch.bfloat16)
         works[f"{name}, float32"] = functools.partial(step, sam, torch.float32)
-    rows = []
-    for name, row in sorted(race(works, args.device, args.rounds).items()):
-        if "failed" in row:
-            rows.append([name, "-", row["failed"]])
-        else:
-            rows.append([name, f"{row['seconds']:.2f}", megabytes(row["peak"])])
+    rows = sorted(times_and_peaks(race(works, args.device, args.rounds), digits=2))
     print(f"{args.backbone}, batch {args.batch}, image encoder, a training step, {setting(args)}")
     print_rows(["", "seconds", "peak MB"], rows)
 
