@@ -31,6 +31,7 @@ load_dataset, prompts in a file, degraded folders; then the painter of the demo,
 """
 import argparse
 import contextlib
+import fcntl
 import glob
 import io
 import json
@@ -41,6 +42,7 @@ import shutil
 import signal
 import struct
 import sys
+import threading
 import time
 import tokenize
 import zlib
@@ -59,6 +61,21 @@ from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageOps
 from corruptions import CORRUPTIONS, OTHERS, corrupt
 
 CONDITIONS = ("clear", *CORRUPTIONS)
+PROMPTS = ("point", "box")  # the kinds that masks are predicted from
+
+
+def benchmark_conditions(conditions):
+    """Those at the benchmark's own strength: "clear" and "fog", not "fog@0.5"."""
+    return [condition for condition in conditions if "@" not in condition]
+
+
+def degraded_conditions(conditions):
+    """Those whose mean is called "degraded": all but clear at the benchmark's own strength; if there is none, all but
+    clear."""
+    degraded = [condition for condition in conditions if condition != "clear"]
+    return benchmark_conditions(degraded) or degraded
+
+
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 # What Pillow, numpy and json raise on a damaged file, as opposed to a mistake in this program.
 DAMAGED = (OSError, ValueError, EOFError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -153,6 +170,35 @@ def save_bytes(content, path):
 def save_text(text, path):
     """Writes a text file in UTF-8: whole, or not at all. DatasetError."""
     save_bytes(text.encode(), path)
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Makes the folder and lets no second program write into it within the block: DatasetError if one does.
+
+    The lock is the system's and ends with the process, however that ends.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with open(join(folder, ".lock"), "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise DatasetError(f"{folder}: another program is writing there; wait until it has ended, or name another "
+                               "folder") from None
+        except OSError as error:  # some network drives have no locks
+            print(f"{folder}: cannot be locked ({_why(error)}); let no other program write there", file=sys.stderr)
+        yield
+
+
+def end_with_parent(_=None):
+    """In a worker (a DataLoader's worker_init_fn): ends it once its parent has ended, even by SIGKILL."""
+    parent = multiprocessing.parent_process()
+
+    def watch():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def save_png(image, path):

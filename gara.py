@@ -26,7 +26,6 @@ Letters: N images, n tokens of an image, d width, r components, G weight matrice
 import hashlib
 import math
 import os
-import pickle
 import zlib
 from typing import NamedTuple
 
@@ -34,7 +33,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from sam import Linear, join, linear, onednn_serves
+from sam import Linear, join, linear, onednn_serves, read_weights
 
 # ---------------------------------------------------------------- the operation
 
@@ -559,11 +558,7 @@ def read_adapter(path):
     is a SAM checkpoint."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no adapter file at {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        raise ValueError(f"{path} is not a readable adapter file (cut off?): {reason}") from error
+    content = read_weights(path)
     if not isinstance(content, dict):
         content = {}
     if content.get("format") == "gara-sam adapter 1":

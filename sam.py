@@ -34,8 +34,11 @@ import importlib.util
 import math
 import os
 import pickle
+import struct
 import sys
 import urllib.error
+import zipfile
+import zlib
 from collections import OrderedDict
 
 import numpy as np
@@ -77,6 +80,11 @@ SCORES_KEPT = 2**20                             # of a head, for the backward pa
 
 class CheckpointError(ValueError):
     """A weights file that is unreadable, foreign or for another model. The message is one line and says which."""
+
+
+# What zipfile and torch.load raise on a file that is damaged or none.
+UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError,
+              IndexError, OverflowError, zipfile.BadZipFile, zlib.error, struct.error)
 
 
 # ---------------------------------------------------------------- matrix products, where most of SAM's time goes
@@ -811,17 +819,29 @@ def resize_positions(weights, like):
     return resized
 
 
+def read_weights(path):
+    """What torch.save wrote: tensors and plain values alone, no code. CheckpointError if the file is damaged.
+
+    A zip file's own checksums are compared first: torch.load does not, and a flipped bit would be another weight.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # files from before torch 1.6 are none
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"checksum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        raise CheckpointError(f"{path} is not a readable PyTorch weights file, or damaged (cut off while copying?): "
+                              f"fetch it again ({reason})") from error
+
+
 def read_checkpoint(path, backbone):
     """The state dict in `path`, checked against `backbone` key by key. Raises FileNotFoundError or CheckpointError."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}: give an existing file with --checkpoint")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        raise CheckpointError(f"{path} is not a readable PyTorch weights file (cut off while downloading?): "
-                              f"fetch it again ({reason})") from error
-
+    weights = read_weights(path)
     position = weights.get("image_encoder.pos_embed") if isinstance(weights, dict) else None
     if not isinstance(position, torch.Tensor) or position.dim() != 4:
         raise CheckpointError(f"{path} is not a SAM checkpoint: it has no image_encoder.pos_embed with 4 dimensions")

@@ -45,8 +45,9 @@ from PIL import Image
 
 import data
 import gara
-from evaluate import Axes, COLOURS, RED, Style, draw_figure, shades, ticks
-from sam import BACKBONES, FILES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, keep_freed_memory
+from assets.figures import Axes, COLOURS, RED, Style, draw_figure, shades, ticks
+from sam import (BACKBONES, FILES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, keep_freed_memory,
+                 read_weights)
 
 # What a run uses where the command line is silent. From the paper: Adam, batch 8, both prompt kinds, weight decay 1e-5
 # and the learning rates of vit_b and vit_l. Ours: 40,000 steps and 4 objects an image, which it does not state, vit_h
@@ -162,7 +163,7 @@ class Examples(torch.utils.data.Dataset):
         With a chance for clear images, drawn by that."""
         recipe = self.recipe
         if recipe.clear is not None:
-            others = all_but_clear(recipe.conditions)
+            others = [condition for condition in recipe.conditions if condition != "clear"]
             if rng.random() < recipe.clear or not others:
                 return "clear"
             return others[rng.integers(len(others))]
@@ -186,11 +187,6 @@ class Examples(torch.utils.data.Dataset):
         frame = Image.new("L", (self.size, self.size))  # padded right and below, like the image
         frame.paste(scaled)
         return np.asarray(frame.reduce(self.recipe.patch // 4))
-
-
-def all_but_clear(conditions):
-    """The conditions of degraded images."""
-    return [condition for condition in conditions if condition != "clear"]
 
 
 def vary(image, masks, rng):
@@ -331,7 +327,7 @@ def validate(sam, dataset, limit, conditions, autocast):
     """
     sam.eval()
     predictor = SamPredictor(sam)
-    degraded = all_but_clear(conditions)
+    degraded = data.degraded_conditions(conditions)
     ious = {}
     for sample in data.spread(dataset, limit)[PROCESS_RANK::WORLD_SIZE]:
         seen = {"clear": "clear"} if "clear" in conditions else {}
@@ -607,7 +603,7 @@ def resume(run):
         if gara.adapters(run.sam):
             content = gara.load_adapter(run.sam, path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = read_weights(path)
             run.sam.load_state_dict(content["sam"])
         training = content["training"]
         for name in SAME:
@@ -824,7 +820,7 @@ def keep_the_best(run, val_set):
     args = run.args
     ious = validate(run.sam, val_set, args.val_images, args.conditions, run.autocast)
     say(f"step {run.step:,}  validation IoU  " + "  ".join(f"{key} {iou:.4f}" for key, iou in ious.items()))
-    degraded = len(all_but_clear(args.conditions))
+    degraded = len(data.degraded_conditions(args.conditions))
     weights = [degraded if "degraded" in key else 1 for key in ious]  # all conditions count alike, as in training
     score = float(np.average(list(ious.values()), weights=weights))
     if score > run.best:

@@ -30,9 +30,10 @@ sys.path.insert(0, ROOT)
 import data
 import gara
 import train
-from evaluate import (DRAWS, ORACLES, PROMPTS, benchmark_conditions, degraded_conditions, difference_text,
-                      figure_corruptions, figure_dependence, figure_gates, figure_open, figure_strength, mean_text,
-                      open_components_table, oracles, read_results, table, unpack_gates)
+from assets.figures import (ORACLES, figure_corruptions, figure_dependence, figure_gates, figure_open, figure_strength,
+                            oracles, unpack_gates)
+from data import PROMPTS, benchmark_conditions, degraded_conditions
+from evaluate import DRAWS, difference_text, mean_text, open_components_table, read_results, table
 from sam import build_sam, find_checkpoint
 
 # ---------------------------------------------------------------- the plan
