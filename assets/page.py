@@ -159,7 +159,8 @@ def load_models(args):
         gara.load_adapter(sam, path)
         sets = gara.ranks_of(content["options"])
         name = f"{gara.METHODS[content['method']].title} {','.join(map(str, sets))}"
-        models.append(Model(name, path, sets, sam.to(args.device).eval()))
+        file = "/".join(path.split(os.sep)[-2:])  # its folder tells runs apart
+        models.append(Model(name, file, sets, sam.to(args.device).eval()))
     return models
 
 
@@ -457,11 +458,12 @@ def from_json(content):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a `bench`. server_close() waits until the last thread has ended."""
+    """Serves a Workbench. server_close() waits until the last thread has ended."""
     daemon_threads = False
 
-    def __init__(self, host, port):
+    def __init__(self, host, port, bench):
         self.host = host
+        self.bench = bench
         self.connections = set()
         super().__init__((host, port), Handler)
 
@@ -506,18 +508,13 @@ def parse(argv):
 
 
 def make_server(args):
-    """A Server that listens, with images and models; serve_forever() answers. ValueError, OSError, DatasetError."""
+    """A Server with images and models, which listens; serve_forever() answers. ValueError, OSError, DatasetError."""
+    bench = Workbench(list_entries(args), load_models(args))
     try:
-        server = Server(args.host, args.port)
+        return Server(args.host, args.port, bench)
     except OSError as error:
-        raise ValueError(f"cannot listen at {args.host}:{args.port} ({error.strerror}): choose another --port, or "
-                         "--port 0 for a free one") from None
-    try:
-        server.bench = Workbench(list_entries(args), load_models(args))
-    except BaseException:
-        server.server_close()
-        raise
-    return server
+        raise ValueError(f"cannot listen at {args.host}, port {args.port} ({error.strerror}): choose another "
+                         "--port; 0 takes a free one") from None
 
 
 def main(argv=None):
