@@ -4547,6 +4547,337 @@ def test_the_studys_report_says_what_the_folders_hold(plan, tmp_path, monkeypatc
         row = next(line for line in lines if line.startswith(f"| {study.label_of(run)} |"))
         assert row.split("|")[2].split()[0] == f"{100 * np.mean(of_seeds):.1f}"
 
+# The page.
+
+import base64
+import concurrent.futures
+import http.client
+import socket
+import tempfile
+import threading
+
+from assets import page
+
+VIEW = dict(image=0, corruption="fog", strength=1, noise=0)
+POINT = dict(VIEW, model=0, points=[[60, 60, 1]], box=None)
+
+@contextlib.contextmanager
+def serving(server):
+    """The server answers within this block."""
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A page at a free port: plain SAM, GaRA and LoRA with the recipe's weights, on demo scenes."""
+    folder = tmp_path_factory.mktemp("site")
+    torch.save(tiny_weights(), folder / "w.pth")
+    files = [str(folder / f"{method}.pt") for method in ("gara", "lora")]
+    for file in files:
+        gara.save_adapter(tiny(os.path.basename(file)[:-3]), file)
+    words = ["--checkpoint", str(folder / "w.pth"), "--adapter", *files, "--port", "0", "--device", "cpu"]
+    with serving(page.make_server(page.parse(words))) as server:
+        yield server
+
+def send(server, method, path, body=None, **headers):
+    """(status, what was answered: a dict, an image's pixels, or text). A dict as body is sent as JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    body = json.dumps(body) if isinstance(body, dict) else body
+    connection.request(method, path, body, headers)
+    answer = connection.getresponse()
+    content, kind = answer.read(), answer.headers["Content-Type"]
+    connection.close()
+    if kind == "application/json":
+        return answer.status, json.loads(content)
+    return answer.status, pixels(content) if kind == "image/png" else content.decode()
+
+def pixels(content):
+    return np.array(Image.open(io.BytesIO(content)))
+
+def file_bytes(image, form="PNG"):
+    file = io.BytesIO()
+    image.save(file, form)
+    return file.getvalue()
+
+def predictor_of(site, model, corruption="fog"):
+    """A predictor of one of the page's models, and the first scene as it has encoded it."""
+    image, _ = data.demo_scene(data.seed_of("page", 0))
+    image = data.degrade(image, corruption, data.seed_of("scene-1", corruption))
+    predictor = sam.SamPredictor(site.bench.models[model].sam)
+    predictor.set_image(image)
+    return predictor, image
+
+def test_page_asks_nobody_else(site):
+    status, text = send(site, "GET", "/")
+    assert status == 200
+    assert "<title>GaRA-SAM</title>" in text
+    assert not re.search(r"https?://|//\w+\.\w", text.replace("http://www.w3.org", ""))
+
+def test_page_says_what_there_is(site):
+    status, found = send(site, "GET", "/start")
+    assert status == 200
+    assert [image["name"] for image in found["images"]] == [f"scene-{k}" for k in range(1, 13)]
+    assert [model["name"] for model in found["models"]] == ["SAM", "GaRA 4,48", "LoRA 4"]
+    assert [model["sets"] for model in found["models"]] == [[], [4, 48], [4]]
+    assert found["corruptions"] == [*CORRUPTIONS, *OTHERS]
+    assert send(site, "GET", "/thumbnail?0")[1].shape == predictor_of(site, 0)[1].shape
+
+def test_page_degrades_as_evaluation_does(site):
+    _, expected = predictor_of(site, 0, "snow")
+    _, clear = predictor_of(site, 0, "clear")
+    views = [dict(VIEW, corruption="snow"), dict(VIEW, corruption="snow", noise=1),
+             dict(VIEW, corruption="snow", strength=0), dict(VIEW, corruption="none")]
+    found, anew, weak, none = [send(site, "POST", "/image", view)[1] for view in views]
+    assert np.array_equal(found, expected)
+    assert (anew != expected).mean() > 0.2
+    assert np.array_equal(weak, clear)
+    assert np.array_equal(none, clear)
+
+def test_page_shows_the_gates(site):
+    """Beside gates() itself: what is open, which set is chosen, how many."""
+    assert send(site, "POST", "/encode", dict(VIEW, model=0)) == (200, dict(layers=[]))
+    predictor_of(site, 1)
+    expected = gara.gates(site.bench.models[1].sam)
+    _, found = send(site, "POST", "/encode", dict(VIEW, model=1))
+    for layer, gate in zip(found["layers"], expected, strict=True):
+        assert layer["open"] == gate["vector"][0].tolist()
+        assert layer["chosen"].index(1) == gate["space"].item()
+        assert layer["count"] == gate["count"].item()
+    _, found = send(site, "POST", "/encode", dict(VIEW, model=2))
+    assert [layer["count"] for layer in found["layers"]] == [4] * 6
+
+def test_page_shows_shares_where_windows_decide():
+    model = tiny("gara", scope="window")
+    encode(model, pictures(0))
+    layers = page.gate_layers(page.Model("GaRA", "gara.pt", (4, 48), model))
+    for layer, gate in zip(layers, gara.gates(model), strict=True):
+        decisions = gate["vector"].reshape(-1, 52).float()  # of windows, or of the image in layers that see it whole
+        assert layer["open"] == pytest.approx(decisions.mean(0).tolist())
+        assert sum(layer["chosen"]) == pytest.approx(1)
+        assert layer["chosen"][1] == pytest.approx(gate["space"].float().mean().item())
+        assert layer["count"] == pytest.approx(sum(layer["open"]), abs=0.1)
+
+@pytest.mark.parametrize("model", range(3))
+@pytest.mark.parametrize("points, box, count", [
+    ([[60, 60, 1]], None, 3), ([[60, 60, 1], [5, 5, 0]], None, 1), ([], [20, 20, 90, 80], 1),
+    ([[60, 60, 1]], [20, 20, 90, 80], 1)])
+def test_page_predicts_what_the_predictor_does(site, model, points, box, count):
+    status, found = send(site, "POST", "/predict", dict(VIEW, model=model, points=points, box=box))
+    assert status == 200
+    coords, labels = np.array(points).reshape(-1, 3)[:, :2], [label for *_, label in points]
+    predictor, _ = predictor_of(site, model)
+    masks, scores, _ = predictor.predict(coords if points else None, labels or None, box, multimask_output=count == 3)
+    assert len(found["masks"]) == count
+    for text, mask in zip(found["masks"], masks, strict=True):
+        assert np.array_equal(pixels(base64.b64decode(text)), mask)
+    assert found["scores"] == pytest.approx(scores.tolist())
+
+def test_page_knows_the_truth(site):
+    _, masks = data.demo_scene(data.seed_of("page", 0))
+    y, x = np.argwhere(masks[1])[0].tolist()
+    _, found = send(site, "POST", "/predict", dict(POINT, points=[[x, y, 1]]))
+    assert found["object"] == "1"
+    for text, iou in zip(found["masks"], found["iou"], strict=True):
+        mask = pixels(base64.b64decode(text))
+        assert iou == pytest.approx(evaluate.mask_scores(mask[None], masks[1][None])[0, 0])
+    y, x = np.argwhere(~masks.any(0))[0].tolist()
+    _, found = send(site, "POST", "/predict", dict(POINT, points=[[x, y, 1]]))
+    assert found["object"] is None
+    assert found["iou"] is None
+
+def test_page_compares_with_the_mask_on_the_clear_image(site):
+    _, same = send(site, "POST", "/predict", dict(POINT, corruption="none", against="clear"))
+    assert same["iou"] == [1, 1, 1]
+    _, found = send(site, "POST", "/predict", dict(POINT, against="clear"))
+    _, clear = send(site, "POST", "/predict", dict(POINT, corruption="none"))
+    for a, b, iou in zip(found["masks"], clear["masks"], found["iou"], strict=True):
+        a, b = pixels(base64.b64decode(a)), pixels(base64.b64decode(b))
+        assert iou == pytest.approx(evaluate.mask_scores(a[None], b[None])[0, 0])
+
+@pytest.mark.parametrize("points, box, expected", [
+    ([[3, 3, 1]], None, "whole"), ([[12, 12, 1]], None, "part"), ([[12, 12, 1], [3, 3, 1]], None, "whole"),
+    ([[3, 3, 1], [12, 12, 0]], None, None), ([[18, 3, 1]], None, None), ([], [0, 0, 14, 15], "whole"),
+    ([], [10, 11, 14, 14], "part"), ([[12, 12, 1]], [1, 0, 15, 15], "whole"), ([], [2, 2, 6, 6], None)])
+def test_object_that_is_asked_for(points, box, expected):
+    whole, part = np.zeros((2, 20, 20), bool)
+    whole[:16, :16] = True
+    part[10:15, 10:15] = True
+    assert page.asked_object(dict(whole=whole, part=part), points, box) == expected
+
+def test_page_takes_an_image(site, tmp_path, monkeypatch):
+    """Scaled down, from a file that is then removed; only the last few are kept."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    image = Image.fromarray(scene(40, 2048))
+    numbers = []
+    for _ in range(page.KEPT_UPLOADS + 1):
+        status, found = send(site, "POST", "/upload", file_bytes(image))
+        assert status == 200
+        numbers.append(found["image"])
+    assert os.listdir(tmp_path) == []
+    image.thumbnail((1024, 1024))
+    last = dict(VIEW, corruption="none", image=numbers[-1])
+    assert np.array_equal(send(site, "POST", "/image", last)[1], np.array(image))
+    assert send(site, "POST", "/image", dict(last, image=numbers[1]))[0] == 200
+    assert send(site, "POST", "/image", dict(last, image=numbers[0]))[0] == 404
+    _, found = send(site, "POST", "/predict", dict(POINT, image=numbers[-1], points=[[60, 5, 1]]))
+    assert found["iou"] is None  # there is no truth
+    assert len(send(site, "GET", "/start")[1]["images"]) == 12
+
+@pytest.mark.parametrize("method, path, body, headers, status, word", [
+    ("GET", "/nothing", None, {}, 404, "address"), ("GET", "/../data.py", None, {}, 404, "address"),
+    ("GET", "/page.html", None, {}, 404, "address"), ("GET", "/predict", None, {}, 404, "address"),
+    ("POST", "/start", {}, {}, 404, "address"), ("PUT", "/", None, {}, 501, "PUT"),
+    ("GET", "/thumbnail?99", None, {}, 404, "image"), ("GET", "/thumbnail?../w.pth", None, {}, 404, "image"),
+    ("GET", "/thumbnail?" + "9" * 5000, None, {}, 404, "image"), ("GET", "/" + "a" * 70000, None, {}, 414, "Long"),
+    ("GET", "/", None, dict(Host="evil.example"), 403, "Host"), ("GET", "/", None, dict(Host=""), 403, "Host"),
+    ("GET", "/", None, dict(Host="127.0.0.1.evil.example"), 403, "Host"),
+    ("GET", "/start", None, dict(Host="192.168.0.7:8000"), 403, "Host"),
+    ("POST", "/image", VIEW, dict(Origin="http://evil.example"), 403, "page"),
+    ("POST", "/image", VIEW, dict(Origin="null"), 403, "page"),
+    ("POST", "/image", "{", {}, 400, "JSON"), ("POST", "/image", "[1]", {}, 400, "JSON"),
+    ("POST", "/image", "[" * 60000, {}, 400, "JSON"), ("POST", "/image", b"\xff\xfe", {}, 400, "JSON"),
+    ("POST", "/image", "9" * 9999, {}, 400, "JSON"), ("POST", "/image", None, {}, 400, "JSON"),
+    ("POST", "/image", "x" * 100000, {}, 413, "bytes"),
+    ("POST", "/upload", b"x" * (page.MAX_UPLOAD + 1), {}, 413, "bytes"),
+    ("POST", "/upload", b"", {"Content-Length": "9" * 12}, 413, "bytes"),
+    ("POST", "/upload", b"", {"Content-Length": "-1"}, 400, "Content-Length"),
+    ("POST", "/upload", b"", {"Content-Length": "1e3"}, 400, "Content-Length"),
+    ("POST", "/upload", b"%!PS-Adobe-3.0 EPSF-3.0", {}, 400, "JPEG"), ("POST", "/upload", b"", {}, 400, "JPEG"),
+    ("POST", "/upload", b"RIFF....WEBP", {}, 400, "cannot read"),
+    ("POST", "/upload", file_bytes(Image.fromarray(scene()))[:999], {}, 400, "cannot read"),
+    ("POST", "/upload", file_bytes(Image.new("1", (7000, 7000))), {}, 413, "pixels"),
+    ("POST", "/upload", file_bytes(Image.new("RGB", (15, 900))), {}, 400, "small")],
+    ids=lambda value: str(value)[:24])
+def test_page_refuses_in_json_and_lives_on(site, capfd, method, path, body, headers, status, word):
+    found, content = send(site, method, path, body, **headers)
+    assert found == status
+    assert list(content) == ["error"]
+    assert word in content["error"]
+    assert "\n" not in content["error"]
+    assert tempfile.gettempdir() not in content["error"]
+    assert capfd.readouterr().err == ""
+    assert send(site, "GET", "/start")[0] == 200
+
+@pytest.mark.parametrize("part, status, word", [
+    (dict(image=-1), 404, "image"), (dict(image=10**9), 404, "image"), (dict(image="0"), 404, "image"),
+    (dict(image=[0]), 404, "image"), (dict(image="../w.pth"), 404, "image"), (dict(image=True), 404, "image"),
+    (dict(corruption="clear"), 400, "corruption"), (dict(corruption="fog@9"), 400, "corruption"),
+    (dict(corruption=["fog"]), 400, "corruption"), (dict(corruption=None), 400, "corruption"),
+    (dict(strength=2.01), 400, "strength"), (dict(strength=-1), 400, "strength"),
+    (dict(strength="1"), 400, "strength"), (dict(strength=math.nan), 400, "strength"),
+    (dict(strength=math.inf), 400, "strength"), (dict(strength=None), 400, "strength"),
+    (dict(strength=True), 400, "strength"),
+    (dict(noise=-1), 400, "noise"), (dict(noise=0.5), 400, "noise"), (dict(noise=2**32), 400, "noise"),
+    (dict(model=3), 404, "model"), (dict(model=-1), 404, "model"), (dict(model=0.0), 404, "model"),
+    (dict(points=None), 400, "points"), (dict(points=[]), 400, "nothing"), (dict(points=[[1, 2]]), 400, "points"),
+    (dict(points=[1]), 400, "points"), (dict(points=[[1, 2, 3]]), 400, "points"), (dict(points={}), 400, "points"),
+    (dict(points=[[1, 2, 0.5]]), 400, "points"), (dict(points=[[1, 2, "1"]]), 400, "points"),
+    (dict(points=[[-0.1, 2, 1]]), 400, "points"), (dict(points=[[128, 2, 1]]), 400, "points"),
+    (dict(points=[[math.nan, 2, 1]]), 400, "points"), (dict(points=[[1, 1e308, 1]]), 400, "points"),
+    (dict(points=[[1, 2, 1]] * 65), 400, "points"), (dict(box=[1, 2, 3]), 400, "box"), (dict(box="all"), 400, "box"),
+    (dict(box=[5, 5, 5, 9]), 400, "box"), (dict(box=[9, 5, 2, 9]), 400, "box"), (dict(box=[0, 0, 999, 9]), 400, "box"),
+    (dict(box=[0, 0, math.inf, 9]), 400, "box"), (dict(box=[0, 0, math.nan, 9]), 400, "box")])
+def test_page_checks_each_number(site, part, status, word):
+    found, content = send(site, "POST", "/predict", dict(POINT, **part))
+    assert found == status
+    assert word in content["error"]
+
+def test_page_answers_two_clients_at_once(site):
+    """Each gets what it gets alone, whichever image, corruption and model the other asks about meanwhile."""
+    asked = []
+    for k, name in enumerate(["fog", "snow", "none", "rain"]):
+        asked += [dict(POINT, image=k, corruption=name, model=k % 3), dict(POINT, image=k, corruption=name, model=2)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda body: send(site, "POST", "/predict", body), asked))
+    site.bench.encoded.cache_clear()
+    for body, found in zip(asked, together):
+        assert found == send(site, "POST", "/predict", body)
+
+def test_page_hides_paths_and_survives_faults(site, monkeypatch, capfd):
+    def damaged(number):
+        raise data.SampleError("/home/me/photo.jpg: cannot read this image")
+
+    monkeypatch.setattr(site.bench, "read", damaged)
+    status, content = send(site, "POST", "/predict", POINT)
+    assert status == 400
+    assert "/home" not in content["error"]
+    assert "/home/me/photo.jpg" in capfd.readouterr().err
+    monkeypatch.setattr(site.bench, "read", lambda number: 1 / 0)
+    status, content = send(site, "POST", "/predict", POINT)
+    assert status == 500
+    assert "ZeroDivisionError" in content["error"]
+    assert "Traceback" in capfd.readouterr().err
+    monkeypatch.undo()
+    assert send(site, "POST", "/predict", POINT)[0] == 200
+
+def test_page_leaves_no_thread(site):
+    """Also with a connection that a browser has opened and does not use."""
+    before = set(threading.enumerate())
+    with serving(page.Server("127.0.0.1", 0, site.bench)) as server:
+        idle = socket.create_connection(server.server_address)
+        assert send(server, "GET", "/start")[0] == 200
+    assert set(threading.enumerate()) <= before
+    assert idle.recv(1) == b""
+    idle.close()
+
+def test_page_for_a_whole_network_is_asked_for_by_address(site):
+    with serving(page.Server("0.0.0.0", 0, site.bench)) as server:
+        assert send(server, "GET", "/start", Host="192.168.0.7:8000")[0] == 200
+        assert send(server, "GET", "/start", Host="evil.example")[0] == 403
+
+def test_images_to_choose_from(demo, tmp_path):
+    Image.fromarray(scene(90, 2000)).save(tmp_path / "b.JPG")
+    Image.fromarray(scene()).save(tmp_path / "a.png")
+    (tmp_path / "c.txt").write_text("no image")
+    words = ["--images", str(tmp_path), "--data", str(demo / "demo"), "--split", "val"]
+    a, b, *samples = page.list_entries(page.parse(words))
+    assert [a.name, b.name] == ["a.png", "b.JPG"]
+    assert b.read()[0].shape == (46, 1024, 3)
+    dataset = data.load_dataset(demo / "demo", "val")
+    for entry, sample in zip(samples, dataset, strict=True):
+        image, objects = entry.read()
+        assert np.array_equal(image, sample.image())
+        assert list(objects) == list(sample.indices)
+        assert np.array_equal(np.stack(list(objects.values())), sample.masks())
+        assert [entry.kind, entry.split] == ["robustseg", "val"]
+
+@pytest.mark.parametrize("words, said", [
+    (["--port", "70000"], "--port"), (["--port", "x"], "--port"), (["--backbone", "vit_x"], "--backbone"),
+    (["--adapter", "none.pt"], "none.pt"), (["--checkpoint", "none.pth"], "none.pth"), (["--data", "none"], "none"),
+    (["--images", "none"], "none"), (["--images", "."], "no image"), (["--host", "300.1.1.1"], "300.1.1.1"),
+    (["--device", "nonsense"], "nonsense")])
+def test_mistakes_at_the_page_end_in_one_line(tmp_path, capsys, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(page.main, *words) == 2
+    assert one_error(capsys, said)
+
+def test_a_port_in_use_is_one_line(site, capsys):
+    assert run_cli(page.main, "--port", site.server_port) == 2
+    assert one_error(capsys, str(site.server_port), "--port")
+
+def test_ctrl_c_ends_the_page_in_one_line(capsys, monkeypatch):
+    serve = page.Server.serve_forever
+
+    def interrupted(server):
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        serve(server)
+
+    monkeypatch.setattr(page.Server, "serve_forever", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run_cli(page.main, "--port", 0) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+ \(Ctrl-C ends\)\n\nended\n", out)
+    assert err == ""
+
 # What is shipped.
 
 SHIPPED = os.path.join(HERE, "assets", "sam_vit_t.pth")

@@ -441,7 +441,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code, message=None, explain=None):
         """Also for what http.server itself finds wrong, which it would say in HTML."""
-        self.reply(code, dict(error=(message or "bad request").splitlines()[0]))
+        message = message or self.responses[code][0]
+        self.reply(code, dict(error=message.splitlines()[0]))
 
     def log_message(self, *_):
         """The terminal is for faults."""
