@@ -4588,16 +4588,22 @@ def site(tmp_path_factory):
 def send(server, method, path, body=None, **headers):
     """(status, what was answered: a dict, an image's pixels, or text). A dict as body is sent as JSON."""
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
-    body = json.dumps(body) if isinstance(body, dict) else body
+    if isinstance(body, dict):
+        body = json.dumps(body)
     connection.request(method, path, body, headers)
     answer = connection.getresponse()
     content, kind = answer.read(), answer.headers["Content-Type"]
     connection.close()
     if kind == "application/json":
         return answer.status, json.loads(content)
-    return answer.status, pixels(content) if kind == "image/png" else content.decode()
+    if kind == "image/png":
+        return answer.status, pixels(content)
+    return answer.status, content.decode()
 
 def pixels(content):
+    """The pixels of a PNG, given as bytes or in base64."""
+    if isinstance(content, str):
+        content = base64.b64decode(content)
     return np.array(Image.open(io.BytesIO(content)))
 
 def file_bytes(image, form="PNG"):
@@ -4665,17 +4671,22 @@ def test_page_shows_shares_where_windows_decide():
 
 @pytest.mark.parametrize("model", range(3))
 @pytest.mark.parametrize("points, box, count", [
-    ([[60, 60, 1]], None, 3), ([[60, 60, 1], [5, 5, 0]], None, 1), ([], [20, 20, 90, 80], 1),
+    ([[60, 60, 1]], None, 3),
+    ([[60, 60, 1], [5, 5, 0]], None, 1),
+    ([], [20, 20, 90, 80], 1),
     ([[60, 60, 1]], [20, 20, 90, 80], 1)])
 def test_page_predicts_what_the_predictor_does(site, model, points, box, count):
     status, found = send(site, "POST", "/predict", dict(VIEW, model=model, points=points, box=box))
     assert status == 200
-    coords, labels = np.array(points).reshape(-1, 3)[:, :2], [label for *_, label in points]
+    coords = labels = None
+    if points:
+        *coords, labels = zip(*points)
+        coords = np.transpose(coords)
     predictor, _ = predictor_of(site, model)
-    masks, scores, _ = predictor.predict(coords if points else None, labels or None, box, multimask_output=count == 3)
+    masks, scores, _ = predictor.predict(coords, labels, box, multimask_output=count == 3)
     assert len(found["masks"]) == count
     for text, mask in zip(found["masks"], masks, strict=True):
-        assert np.array_equal(pixels(base64.b64decode(text)), mask)
+        assert np.array_equal(pixels(text), mask)
     assert found["scores"] == pytest.approx(scores.tolist())
 
 def test_page_knows_the_truth(site):
@@ -4684,8 +4695,8 @@ def test_page_knows_the_truth(site):
     _, found = send(site, "POST", "/predict", dict(POINT, points=[[x, y, 1]]))
     assert found["object"] == "1"
     for text, iou in zip(found["masks"], found["iou"], strict=True):
-        mask = pixels(base64.b64decode(text))
-        assert iou == pytest.approx(evaluate.mask_scores(mask[None], masks[1][None])[0, 0])
+        expected = evaluate.mask_scores(pixels(text)[None], masks[1][None])
+        assert iou == pytest.approx(expected[0, 0])
     y, x = np.argwhere(~masks.any(0))[0].tolist()
     _, found = send(site, "POST", "/predict", dict(POINT, points=[[x, y, 1]]))
     assert found["object"] is None
@@ -4697,13 +4708,19 @@ def test_page_compares_with_the_mask_on_the_clear_image(site):
     _, found = send(site, "POST", "/predict", dict(POINT, against="clear"))
     _, clear = send(site, "POST", "/predict", dict(POINT, corruption="none"))
     for a, b, iou in zip(found["masks"], clear["masks"], found["iou"], strict=True):
-        a, b = pixels(base64.b64decode(a)), pixels(base64.b64decode(b))
-        assert iou == pytest.approx(evaluate.mask_scores(a[None], b[None])[0, 0])
+        expected = evaluate.mask_scores(pixels(a)[None], pixels(b)[None])
+        assert iou == pytest.approx(expected[0, 0])
 
 @pytest.mark.parametrize("points, box, expected", [
-    ([[3, 3, 1]], None, "whole"), ([[12, 12, 1]], None, "part"), ([[12, 12, 1], [3, 3, 1]], None, "whole"),
-    ([[3, 3, 1], [12, 12, 0]], None, None), ([[18, 3, 1]], None, None), ([], [0, 0, 14, 15], "whole"),
-    ([], [10, 11, 14, 14], "part"), ([[12, 12, 1]], [1, 0, 15, 15], "whole"), ([], [2, 2, 6, 6], None)])
+    ([[3, 3, 1]], None, "whole"),
+    ([[12, 12, 1]], None, "part"),
+    ([[12, 12, 1], [3, 3, 1]], None, "whole"),
+    ([[3, 3, 1], [12, 12, 0]], None, None),
+    ([[18, 3, 1]], None, None),
+    ([], [0, 0, 14, 15], "whole"),
+    ([], [10, 11, 14, 14], "part"),
+    ([[12, 12, 1]], [1, 0, 15, 15], "whole"),
+    ([], [2, 2, 6, 6], None)])
 def test_object_that_is_asked_for(points, box, expected):
     whole, part = np.zeros((2, 20, 20), bool)
     whole[:16, :16] = True
@@ -4729,33 +4746,9 @@ def test_page_takes_an_image(site, tmp_path, monkeypatch):
     assert found["iou"] is None  # there is no truth
     assert len(send(site, "GET", "/start")[1]["images"]) == 12
 
-@pytest.mark.parametrize("method, path, body, headers, status, word", [
-    ("GET", "/nothing", None, {}, 404, "address"), ("GET", "/../data.py", None, {}, 404, "address"),
-    ("GET", "/page.html", None, {}, 404, "address"), ("GET", "/predict", None, {}, 404, "address"),
-    ("POST", "/start", {}, {}, 404, "address"), ("PUT", "/", None, {}, 501, "PUT"),
-    ("GET", "/thumbnail?99", None, {}, 404, "image"), ("GET", "/thumbnail?../w.pth", None, {}, 404, "image"),
-    ("GET", "/thumbnail?" + "9" * 5000, None, {}, 404, "image"), ("GET", "/" + "a" * 70000, None, {}, 414, "Long"),
-    ("GET", "/", None, dict(Host="evil.example"), 403, "Host"), ("GET", "/", None, dict(Host=""), 403, "Host"),
-    ("GET", "/", None, dict(Host="127.0.0.1.evil.example"), 403, "Host"),
-    ("GET", "/start", None, dict(Host="192.168.0.7:8000"), 403, "Host"),
-    ("POST", "/image", VIEW, dict(Origin="http://evil.example"), 403, "page"),
-    ("POST", "/image", VIEW, dict(Origin="null"), 403, "page"),
-    ("POST", "/image", "{", {}, 400, "JSON"), ("POST", "/image", "[1]", {}, 400, "JSON"),
-    ("POST", "/image", "[" * 60000, {}, 400, "JSON"), ("POST", "/image", b"\xff\xfe", {}, 400, "JSON"),
-    ("POST", "/image", "9" * 9999, {}, 400, "JSON"), ("POST", "/image", None, {}, 400, "JSON"),
-    ("POST", "/image", "x" * 100000, {}, 413, "bytes"),
-    ("POST", "/upload", b"x" * (page.MAX_UPLOAD + 1), {}, 413, "bytes"),
-    ("POST", "/upload", b"", {"Content-Length": "9" * 12}, 413, "bytes"),
-    ("POST", "/upload", b"", {"Content-Length": "-1"}, 400, "Content-Length"),
-    ("POST", "/upload", b"", {"Content-Length": "1e3"}, 400, "Content-Length"),
-    ("POST", "/upload", b"%!PS-Adobe-3.0 EPSF-3.0", {}, 400, "JPEG"), ("POST", "/upload", b"", {}, 400, "JPEG"),
-    ("POST", "/upload", b"RIFF....WEBP", {}, 400, "cannot read"),
-    ("POST", "/upload", file_bytes(Image.fromarray(scene()))[:999], {}, 400, "cannot read"),
-    ("POST", "/upload", file_bytes(Image.new("1", (7000, 7000))), {}, 413, "pixels"),
-    ("POST", "/upload", file_bytes(Image.new("RGB", (15, 900))), {}, 400, "small")],
-    ids=lambda value: str(value)[:24])
-def test_page_refuses_in_json_and_lives_on(site, capfd, method, path, body, headers, status, word):
-    found, content = send(site, method, path, body, **headers)
+def refused_in_json(site, capfd, status, word, *request, **headers):
+    """The page answers this request with the status and one line of JSON, and goes on."""
+    found, content = send(site, *request, **headers)
     assert found == status
     assert list(content) == ["error"]
     assert word in content["error"]
@@ -4764,35 +4757,112 @@ def test_page_refuses_in_json_and_lives_on(site, capfd, method, path, body, head
     assert capfd.readouterr().err == ""
     assert send(site, "GET", "/start")[0] == 200
 
-@pytest.mark.parametrize("part, status, word", [
-    (dict(image=-1), 404, "image"), (dict(image=10**9), 404, "image"), (dict(image="0"), 404, "image"),
-    (dict(image=[0]), 404, "image"), (dict(image="../w.pth"), 404, "image"), (dict(image=True), 404, "image"),
-    (dict(corruption="clear"), 400, "corruption"), (dict(corruption="fog@9"), 400, "corruption"),
-    (dict(corruption=["fog"]), 400, "corruption"), (dict(corruption=None), 400, "corruption"),
-    (dict(strength=2.01), 400, "strength"), (dict(strength=-1), 400, "strength"),
-    (dict(strength="1"), 400, "strength"), (dict(strength=math.nan), 400, "strength"),
-    (dict(strength=math.inf), 400, "strength"), (dict(strength=None), 400, "strength"),
-    (dict(strength=True), 400, "strength"),
-    (dict(noise=-1), 400, "noise"), (dict(noise=0.5), 400, "noise"), (dict(noise=2**32), 400, "noise"),
-    (dict(model=3), 404, "model"), (dict(model=-1), 404, "model"), (dict(model=0.0), 404, "model"),
-    (dict(points=None), 400, "points"), (dict(points=[]), 400, "nothing"), (dict(points=[[1, 2]]), 400, "points"),
-    (dict(points=[1]), 400, "points"), (dict(points=[[1, 2, 3]]), 400, "points"), (dict(points={}), 400, "points"),
-    (dict(points=[[1, 2, 0.5]]), 400, "points"), (dict(points=[[1, 2, "1"]]), 400, "points"),
-    (dict(points=[[-0.1, 2, 1]]), 400, "points"), (dict(points=[[128, 2, 1]]), 400, "points"),
-    (dict(points=[[math.nan, 2, 1]]), 400, "points"), (dict(points=[[1, 1e308, 1]]), 400, "points"),
-    (dict(points=[[1, 2, 1]] * 65), 400, "points"), (dict(box=[1, 2, 3]), 400, "box"), (dict(box="all"), 400, "box"),
-    (dict(box=[5, 5, 5, 9]), 400, "box"), (dict(box=[9, 5, 2, 9]), 400, "box"), (dict(box=[0, 0, 999, 9]), 400, "box"),
-    (dict(box=[0, 0, math.inf, 9]), 400, "box"), (dict(box=[0, 0, math.nan, 9]), 400, "box")])
-def test_page_checks_each_number(site, part, status, word):
-    found, content = send(site, "POST", "/predict", dict(POINT, **part))
-    assert found == status
+@pytest.mark.parametrize("method, path, status, word", [
+    ("GET", "/nothing", 404, "address"),
+    ("GET", "/../data.py", 404, "address"),
+    ("GET", "//etc/passwd", 404, "address"),
+    ("GET", "/page.html", 404, "address"),
+    ("GET", "/predict", 404, "address"),
+    ("POST", "/start", 404, "address"),
+    ("PUT", "/", 501, "PUT"),
+    ("GET", "/thumbnail", 404, "image"),
+    ("GET", "/thumbnail?99", 404, "image"),
+    ("GET", "/thumbnail?../w.pth", 404, "image"),
+    ("GET", "/thumbnail?" + "9" * 5000, 404, "image"),
+    ("GET", "/" + "a" * 70000, 414, "Long")],
+    ids=lambda value: str(value)[:24])
+def test_page_has_no_other_address(site, capfd, method, path, status, word):
+    refused_in_json(site, capfd, status, word, method, path)
+
+@pytest.mark.parametrize("headers, status, word", [
+    (dict(Host="evil.example"), 403, "Host"),
+    (dict(Host="127.0.0.1.evil.example"), 403, "Host"),
+    (dict(Host="192.168.0.7:8000"), 403, "Host"),
+    (dict(Host=""), 403, "Host"),
+    (dict(Origin="http://evil.example"), 403, "page"),
+    (dict(Origin="null"), 403, "page"),
+    ({"Content-Length": "9" * 12}, 413, "bytes"),
+    ({"Content-Length": "9" * 5000}, 400, "Content-Length"),
+    ({"Content-Length": "-1"}, 400, "Content-Length"),
+    ({"Content-Length": "1e3"}, 400, "Content-Length")],
+    ids=lambda value: str(value)[:24])
+def test_page_serves_its_own_visitors_alone(site, capfd, headers, status, word):
+    refused_in_json(site, capfd, status, word, "POST", "/image", b"", **headers)
+
+@pytest.mark.parametrize("path, body, status, word", [
+    ("/image", None, 400, "JSON"),
+    ("/image", "{", 400, "JSON"),
+    ("/image", "[1]", 400, "JSON"),
+    ("/image", "[" * 60000, 400, "JSON"),
+    ("/image", "9" * 9999, 400, "JSON"),
+    ("/image", b"\xff\xfe", 400, "JSON"),
+    ("/image", "x" * 100000, 413, "bytes"),
+    ("/upload", b"x" * (page.MAX_UPLOAD + 1), 413, "bytes"),
+    ("/upload", None, 400, "JPEG"),
+    ("/upload", b"%!PS-Adobe-3.0 EPSF-3.0", 400, "JPEG"),
+    ("/upload", b"RIFF....WEBP", 400, "cannot read"),
+    ("/upload", file_bytes(Image.fromarray(scene()))[:999], 400, "cannot read"),
+    ("/upload", file_bytes(Image.new("1", (7000, 7000))), 413, "pixels"),
+    ("/upload", file_bytes(Image.new("RGB", (15, 900))), 400, "small")],
+    ids=lambda value: str(value)[:24])
+def test_page_refuses_what_it_cannot_use(site, capfd, path, body, status, word):
+    refused_in_json(site, capfd, status, word, "POST", path, body)
+
+@pytest.mark.parametrize("part, word", [
+    (dict(image=-1), "image"),
+    (dict(image=10**9), "image"),
+    (dict(image="0"), "image"),
+    (dict(image=[0]), "image"),
+    (dict(image="../w.pth"), "image"),
+    (dict(image=True), "image"),
+    (dict(corruption="clear"), "corruption"),
+    (dict(corruption="fog@9"), "corruption"),
+    (dict(corruption=["fog"]), "corruption"),
+    (dict(corruption=None), "corruption"),
+    (dict(strength=2.01), "strength"),
+    (dict(strength=-1), "strength"),
+    (dict(strength="1"), "strength"),
+    (dict(strength=math.nan), "strength"),
+    (dict(strength=math.inf), "strength"),
+    (dict(strength=None), "strength"),
+    (dict(strength=True), "strength"),
+    (dict(noise=-1), "noise"),
+    (dict(noise=0.5), "noise"),
+    (dict(noise=2**32), "noise"),
+    (dict(model=3), "model"),
+    (dict(model=-1), "model"),
+    (dict(model=0.0), "model"),
+    (dict(points=None), "points"),
+    (dict(points=[]), "nothing"),
+    (dict(points=[[1, 2]]), "points"),
+    (dict(points=[1]), "points"),
+    (dict(points=[[1, 2, 3]]), "points"),
+    (dict(points={}), "points"),
+    (dict(points=[[1, 2, 0.5]]), "points"),
+    (dict(points=[[1, 2, "1"]]), "points"),
+    (dict(points=[[-0.1, 2, 1]]), "points"),
+    (dict(points=[[128, 2, 1]]), "points"),
+    (dict(points=[[math.nan, 2, 1]]), "points"),
+    (dict(points=[[1, 1e308, 1]]), "points"),
+    (dict(points=[[1, 2, 1]] * 65), "points"),
+    (dict(box=[1, 2, 3]), "box"),
+    (dict(box="all"), "box"),
+    (dict(box=[5, 5, 5, 9]), "box"),
+    (dict(box=[9, 5, 2, 9]), "box"),
+    (dict(box=[0, 0, 999, 9]), "box"),
+    (dict(box=[0, 0, math.inf, 9]), "box"),
+    (dict(box=[0, 0, math.nan, 9]), "box")])
+def test_page_checks_each_number(site, part, word):
+    status, content = send(site, "POST", "/predict", dict(POINT, **part))
+    assert status in (400, 404)
     assert word in content["error"]
 
 def test_page_answers_two_clients_at_once(site):
     """Each gets what it gets alone, whichever image, corruption and model the other asks about meanwhile."""
     asked = []
     for k, name in enumerate(["fog", "snow", "none", "rain"]):
-        asked += [dict(POINT, image=k, corruption=name, model=k % 3), dict(POINT, image=k, corruption=name, model=2)]
+        asked.append(dict(POINT, image=k, corruption=name, model=k % 3))
+        asked.append(dict(POINT, image=k, corruption=name, model=2))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         together = list(pool.map(lambda body: send(site, "POST", "/predict", body), asked))
     site.bench.encoded.cache_clear()
@@ -4848,9 +4918,15 @@ def test_images_to_choose_from(demo, tmp_path):
         assert [entry.kind, entry.split] == ["robustseg", "val"]
 
 @pytest.mark.parametrize("words, said", [
-    (["--port", "70000"], "--port"), (["--port", "x"], "--port"), (["--backbone", "vit_x"], "--backbone"),
-    (["--adapter", "none.pt"], "none.pt"), (["--checkpoint", "none.pth"], "none.pth"), (["--data", "none"], "none"),
-    (["--images", "none"], "none"), (["--images", "."], "no image"), (["--host", "300.1.1.1"], "300.1.1.1"),
+    (["--port", "70000"], "--port"),
+    (["--port", "x"], "--port"),
+    (["--backbone", "vit_x"], "--backbone"),
+    (["--adapter", "none.pt"], "none.pt"),
+    (["--checkpoint", "none.pth"], "none.pth"),
+    (["--data", "none"], "none"),
+    (["--images", "none"], "none"),
+    (["--images", "."], "no image"),
+    (["--host", "300.1.1.1"], "300.1.1.1"),
     (["--device", "nonsense"], "nonsense")])
 def test_mistakes_at_the_page_end_in_one_line(tmp_path, capsys, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)

@@ -113,6 +113,7 @@ def list_entries(args):
     entries = []
     if args.images:
         files = [file for file in sorted(os.listdir(args.images)) if file.lower().endswith(data.IMAGE_ENDINGS)]
+        files = [file for file in files if not file.startswith(".")]
         if not files:
             raise data.MissingError(f"{args.images}: no image in this folder (.jpg, .jpeg, .png)")
         for file in data.spread(files, MOST_IMAGES):
@@ -224,7 +225,7 @@ class Workbench:
         self.entries = dict(enumerate(entries))
         self.given = len(entries)
         self.models = models
-        self.read = lru_cache(KEPT_VIEWS)(self.read)
+        self.read = lru_cache(4)(self.read)
         self.degraded = lru_cache(KEPT_VIEWS)(self.degraded)
         self.encoded = lru_cache(KEPT_VIEWS * len(models))(self.encoded)
 
@@ -363,6 +364,7 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; "
                                "script-src 'unsafe-inline'; style-src 'unsafe-inline'; frame-ancestors 'none'",
 }
+GONE = (ConnectionError, TimeoutError)  # a visitor who has left or keeps silent: no fault
 TYPES = {str: "text/html; charset=utf-8", dict: "application/json", bytes: "image/png"}
 ROUTES = {
     "GET": {"/": Workbench.page, "/start": Workbench.start, "/thumbnail": Workbench.thumbnail},
@@ -385,13 +387,14 @@ class Handler(BaseHTTPRequestHandler):
         except data.DatasetError as error:  # it names a path, which is not for visitors
             print(f"error: {error}", file=sys.stderr)
             self.send_error(400, "this image cannot be read: the server's terminal says why")
-        except OSError:
-            raise  # the visitor is gone
+        except GONE:
+            raise
         except Exception as error:
             traceback.print_exc()
-            self.send_error(500, f"{type(error).__name__}: {error}")
-        while self.unread > 0 and self.rfile.read(min(self.unread, 2**16)):  # who still sends does not listen
-            self.unread -= 2**16
+            self.send_error(500, f"{type(error).__name__}: the server's terminal says why")
+        left = min(self.unread, 4 * MAX_UPLOAD)
+        while left > 0 and self.rfile.read(min(left, 2**16)):  # a browser that still sends does not listen
+            left -= 2**16
 
     do_POST = do_GET
 
@@ -484,7 +487,7 @@ class Server(ThreadingHTTPServer):
         super().server_close()
 
     def handle_error(self, request, address):
-        if not isinstance(sys.exc_info()[1], OSError):  # a visitor who is gone is no fault
+        if not isinstance(sys.exc_info()[1], GONE):
             super().handle_error(request, address)
 
 
