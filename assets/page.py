@@ -158,8 +158,11 @@ def load_models(args):
     for path, content in zip(args.adapter, contents):
         sam = copy.deepcopy(base, dict(frozen))  # the memo keeps the frozen tensors shared
         gara.load_adapter(sam, path)
-        sets = gara.ranks_of(content["options"])
+        options = content["options"]
+        sets = gara.ranks_of(options)
         name = f"{gara.METHODS[content['method']].title} {','.join(map(str, sets))}"
+        if options.get("scope") == "window":
+            name += " per window"
         file = "/".join(path.split(os.sep)[-2:])  # its folder tells runs apart
         models.append(Model(name, file, sets, sam.to(args.device).eval()))
     return models
