@@ -4858,8 +4858,18 @@ def test_page_checks_each_number(site, part, word):
     assert status in (400, 404)
     assert word in content["error"]
 
-def test_page_answers_two_clients_at_once(site):
-    """Each gets what it gets alone, whichever image, corruption and model the other asks about meanwhile."""
+def test_page_answers_two_clients_at_once(site, monkeypatch):
+    """Each gets what it gets alone, whichever image, corruption and model the other asks about, and models are asked
+    by one at a time."""
+    ask, free = page.ask, threading.Lock()
+
+    def asked_alone(*question):
+        assert free.acquire(blocking=False)
+        time.sleep(0.02)
+        free.release()
+        return ask(*question)
+
+    monkeypatch.setattr(page, "ask", asked_alone)
     asked = []
     for k, name in enumerate(["fog", "snow", "none", "rain"]):
         asked.append(dict(POINT, image=k, corruption=name, model=k % 3))
@@ -4868,6 +4878,7 @@ def test_page_answers_two_clients_at_once(site):
         together = list(pool.map(lambda body: send(site, "POST", "/predict", body), asked))
     site.bench.encoded.cache_clear()
     for body, found in zip(asked, together):
+        assert found[0] == 200
         assert found == send(site, "POST", "/predict", body)
 
 def test_page_hides_paths_and_survives_faults(site, monkeypatch, capfd):
@@ -4889,11 +4900,12 @@ def test_page_hides_paths_and_survives_faults(site, monkeypatch, capfd):
 
 def test_page_leaves_no_thread(site):
     """Also with a connection that a browser has opened and does not use."""
-    before = set(threading.enumerate())
+    before, start = set(threading.enumerate()), time.monotonic()
     with serving(page.Server("127.0.0.1", 0, site.bench)) as server:
         idle = socket.create_connection(server.server_address)
         assert send(server, "GET", "/start")[0] == 200
     assert set(threading.enumerate()) <= before
+    assert time.monotonic() - start < 20  # well below a visitor's time to keep silent
     assert idle.recv(1) == b""
     idle.close()
 
