@@ -115,7 +115,7 @@ def list_entries(args):
         files = [file for file in sorted(os.listdir(args.images)) if file.lower().endswith(data.IMAGE_ENDINGS)]
         files = [file for file in files if not file.startswith(".")]
         if not files:
-            raise data.MissingError(f"{args.images}: no image in this folder (.jpg, .jpeg, .png)")
+            raise data.MissingError(f"{args.images}: no image in this folder")
         for file in data.spread(files, MOST_IMAGES):
             entries.append(Entry(file, partial(read_scaled, os.path.join(args.images, file))))
     if args.data:
