@@ -786,11 +786,19 @@ CORRUPTIONS = {function.__name__: function for function in (
 OTHERS = dict(night=night, underwater=underwater)
 
 
+def generator(*seeds):
+    """The random generator of some whole numbers of any size, the first of which may be negative."""
+    first, *others = map(int, seeds)
+    if first < 0:
+        others.append(zlib.crc32(b"negative"))
+    return np.random.default_rng([abs(first), *others])
+
+
 def corrupt(image, name, seed=0, strength=1.0):
     """Degrade an image; equal arguments give equal pixels.
 
     image: uint8 HxWx3 RGB, at least 16x16, left unmodified. name: a key of CORRUPTIONS or OTHERS. seed: a whole
-    number >= 0. strength: 0 (an exact copy) to 10; 1 is the benchmark. Returns a new uint8 HxWx3 array.
+    number of any size. strength: 0 (an exact copy) to 10; 1 is the benchmark. Returns a new uint8 HxWx3 array.
     Raises ValueError, in one line, for anything else.
     """
     functions = CORRUPTIONS | OTHERS
@@ -805,12 +813,11 @@ def corrupt(image, name, seed=0, strength=1.0):
         raise ValueError(f"image is {W}x{H} pixels; enlarge it so that both sides reach 16")
     if not isinstance(strength, numbers.Real) or not 0 <= strength <= 10:        # NaN fails this too
         raise ValueError(f"strength is {strength!r}; pass a number from 0 (no change) to 10, 1 is the benchmark")
-    if not isinstance(seed, numbers.Integral) or seed < 0:
-        raise ValueError(f"seed is {seed!r}; pass a whole number of 0 or more")
+    if not isinstance(seed, numbers.Integral):
+        raise ValueError(f"seed is {seed!r}; pass a whole number")
     if strength == 0:
         return image.copy()
-    number = zlib.crc32(name.encode())
-    rng = np.random.default_rng([int(seed), number])
+    rng = generator(seed, zlib.crc32(name.encode()))
     image = np.ascontiguousarray(image)
     return functions[name](image, rng, float(strength))
 
