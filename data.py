@@ -59,9 +59,10 @@ from os.path import basename, dirname, exists, isdir, join, splitext
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from assets.painter import demo_scene
+from assets.sheets import draw_prompts, labelled
 from corruptions import CORRUPTIONS, OTHERS, corrupt, generator
 
 CONDITIONS = ("clear", *CORRUPTIONS)
@@ -309,43 +310,42 @@ def _eight_bits(file):
     Deeper greys lose their low bits. Files of 16 bits often hold fewer. How many is what the file states, or else the
     least of 8, 10, 12, 14 and 16 that its largest level fits in.
     """
-    grey = file.mode.startswith("I")
-    deep = grey or ";16" in str(file.tile)
-    stated = _stated_maximum(file) if deep else 0
+    bits, stated = _depth(file)
     file.load()
     file.info.pop("transparency", None)
     if file.mode in ("La", "RGBa"):  # levels are multiplied by alpha
         return file.convert(file.mode.upper())
     if file.mode == "F":
         raise ValueError("its levels are floating-point numbers of unknown range; store 8 bits")
-    if grey:
+    if file.mode.startswith("I"):
         levels = np.asarray(file)
         largest = max(int(levels.max()), stated)
         if levels.min() < 0 or largest >= 1 << 16:
             raise ValueError(f"its levels, {levels.min()} to {largest}, do not fit in 16 bits; store 8 bits")
         bits = next(bits for bits in (8, 10, 12, 14, 16) if largest < 1 << bits)
         return Image.fromarray((levels >> (bits - 8)).astype(np.uint8))
-    if deep and stated < 65535 and np.max(file.convert("RGB")) < 64:  # Pillow has kept the upper 8 of 16 bits
+    if bits == 16 and stated < 65535 and np.max(file.convert("RGB")) < 64:  # Pillow has kept the upper 8 bits
         raise ValueError("its colours of 16 bits hold no more than 14; store 8 bits")
     return file
 
 
-def _stated_maximum(file):
-    """The largest level that a deep image may have, as far as its file says so, else 0."""
+def _depth(file):
+    """Of an opened image: bits that each level is stored in, 0 if unknown; the largest level it may have, if its file
+    says so, else 0."""
     if file.format in ("PPM", "JPEG2000"):  # which Pillow stretches to 16 bits
-        return 65535
+        return 0, 65535
     if file.format == "TIFF":
-        bits = file.tag_v2.get(258, (16,))[0]  # BitsPerSample
+        bits = file.tag_v2.get(258, (1,))[0]  # BitsPerSample
         largest = file.tag_v2.get(281, (0,))[0]  # MaxSampleValue
-        return largest if largest or bits >= 16 else (1 << bits) - 1
-    if file.format == "PNG":
-        at = file.fp.tell()
-        file.fp.seek(0)
-        head = file.fp.read(at)
-        file.fp.seek(at)
-        _, found, bits = head.partition(b"sBIT")
-        return (1 << bits[0]) - 1 if found else 0
-    return 0
+        return bits, largest if largest or bits >= 16 else (1 << bits) - 1
+    if file.format != "PNG":
+        return 0, 0
+    with open(file.filename, "rb") as raw:
+        bits = raw.read(25)[24]
+        rest = raw.read() if bits == 16 else b""
+    head, _, _ = rest.partition(b"IDAT")
+    _, found, significant = head.partition(b"sBIT")
+    return bits, (1 << significant[0]) - 1 if found else 0
 
 
 # ---------------------------------------------------------------- degrading images
@@ -1740,26 +1740,10 @@ def make_missing_demo(root):
 
 # ---------------------------------------------------------------- command line
 
-def draw_prompts(image, masks, points, boxes):
-    """The image with its objects tinted, and their boxes and points: a Pillow image."""
-    names = ("red", "lime", "dodgerblue", "yellow", "magenta", "cyan", "orange", "white")
-    colours = [ImageColor.getrgb(names[k % len(names)]) for k in range(len(masks))]
-    tinted = image.copy()
-    for mask, colour in zip(masks, colours):
-        tinted[mask] = tinted[mask] // 2 + np.array(colour, np.uint8) // 2
-    page = Image.fromarray(tinted)
-    pen = ImageDraw.Draw(page)
-    for clicks, box, colour in zip(points, boxes, colours):
-        pen.rectangle(box.tolist(), outline=colour)
-        for x, y in clicks.tolist():
-            pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour, outline="white")
-    return page
-
-
 def contact_sheet(samples, path, tile=192, columns=8):
     """Draws each sample twice: clear with masks and prompts, then degraded, each in the next of the 15 conditions.
-    Returns the errors of those that could not be drawn."""
-    images = []
+    Returns the errors of those that cannot be drawn."""
+    tiles = []
     errors = []
     for k, sample in enumerate(samples):
         corruption = CONDITIONS[1 + k % len(CORRUPTIONS)]
@@ -1767,16 +1751,11 @@ def contact_sheet(samples, path, tile=192, columns=8):
             masks = sample.masks()
             clear = draw_prompts(sample.image(), masks, *sample.prompts(masks))
             degraded = Image.fromarray(sample.image(corruption))
+            tiles += (sample.name[-20:], clear), (corruption, degraded)
         except SampleError as error:
             errors.append(error)
-            continue
-        images += clear, degraded
-    rows = -(-len(images) // columns) or 1
-    page = Image.new("RGB", (columns * tile, rows * tile), "white")
-    for k, image in enumerate(images):
-        corner = k % columns * tile + 2, k // columns * tile + 2
-        page.paste(ImageOps.contain(image, (tile - 4, tile - 4)), corner)
-    save_png(page, path)
+    if tiles:
+        save_png(labelled(tiles, columns, tile), path)
     return errors
 
 
