@@ -598,7 +598,7 @@ class Sample:
         if seed is None:
             seed = seed_of(self.name, corruption)
         image = read_image(self.clear, self.size)
-        with _explained(self.clear, f"cannot be degraded by {condition}"):
+        with _explained(self.clear, "cannot be degraded"):
             return degrade(image, condition, seed)
 
     def _stored(self, condition):
@@ -1088,8 +1088,9 @@ def acdc(root):
             maps = _frames(dirname(panoptic), ending, split)
             found = _paired(_only(images, segments), _only(maps, segments), None)
             for sample in found.samples:
-                sample.read = partial(_read_panoptic, segments[sample.name])
-            return found
+                sample.read = partial(_read_panoptic, segments.pop(sample.name))
+            lone = [f"{panoptic}: {frame} has no image and PNG, or several" for frame in sorted(segments)]
+            return found._replace(lone=lone)
 
         maps = _frames(_find(root, "gt") or root, f"_gt{reference}_labelTrainIds.png", split)
         return _paired(_only(images, maps), maps, _read_train_ids)
@@ -1652,7 +1653,7 @@ def _write_degraded(job):
     try:
         image = read_image(sample.clear, sample.size)
         for condition in conditions:
-            with _explained(sample.clear, f"cannot be degraded by {condition}"):
+            with _explained(sample.clear, "cannot be degraded"):
                 jpeg = degraded_jpeg(image, condition, seed_of(sample.name, condition))
             path = join(sample.folder, condition, f"{sample.name}.jpg")
             os.makedirs(dirname(path), exist_ok=True)
@@ -1844,7 +1845,10 @@ def run(args):
             continue
         if args.corrupt:
             write_corruptions(dataset)
+            bad = dataset.skipped
             dataset = load_dataset(root, split, kind, args.strict)
+            for line in bad:
+                dataset.skip(SampleError(line))
         good = describe(dataset, len(dataset) if args.check else 200)
         if args.sheet and not datasets:
             for error in contact_sheet(good[:20], args.sheet):
