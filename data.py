@@ -1116,8 +1116,9 @@ def _as_path(text):
 
 def _once(table, key, value, path):
     """table[key] = value; DatasetError if the file of this path gave it another value before."""
-    if table.setdefault(key, value) != value:
-        raise DatasetError(f"{path}: has two records of {key}: {table[key]} and {value}"[:300])
+    other = table.setdefault(key, value)
+    if other != value:
+        raise DatasetError(f"{path}: has two records of {key}: {str(other)[-150:]} and {str(value)[-150:]}")
 
 
 def _annotated(source, records, left_out):
