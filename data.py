@@ -88,6 +88,9 @@ IMAGE_ENDINGS += tuple(map(str.upper, IMAGE_ENDINGS))
 class DatasetError(Exception):
     """The dataset cannot be used as asked. One line: what was looked for, what was found, what to do."""
 
+    def __str__(self):
+        return " ".join(super().__str__().splitlines())  # a file's name may hold line breaks
+
 
 class MissingError(DatasetError, FileNotFoundError):
     """A folder is not there."""
@@ -811,8 +814,7 @@ def _stem(file):
 
 def _names(files):
     """{file: sample's name} of the paths of a split's files: the stem, 0001. Where stems repeat it is the path up to the
-    ending, a/0001; where that repeats, too, the path, a/0001.png. A path that is given twice has no name."""
-    files = [file for file, count in Counter(list(files)).items() if count == 1]
+    ending, a/0001; where that repeats, too, the path, a/0001.png."""
     names = {}
     for form in (_stem, lambda file: splitext(file)[0], str):
         count = Counter(map(form, files))
@@ -831,7 +833,9 @@ def _listed(folder, endings=IMAGE_ENDINGS):
     """{file: path}. Hidden files are left out: an archive made by macOS holds a "._x.jpg" beside each "x.jpg". There,
     accents are letters of their own as well; here they are joined to theirs, as in the annotations."""
     paths = {}
-    for file in sorted(os.listdir(folder)) if isdir(folder or "") else ():
+    if not folder or not isdir(folder):
+        return paths
+    for file in sorted(os.listdir(folder)):
         if file.lower().endswith(endings) and not file.startswith("."):
             paths[unicodedata.normalize("NFC", file)] = join(folder, file)
     return paths
@@ -1121,22 +1125,23 @@ def _once(table, key, value, path):
         raise DatasetError(f"{path}: has two records of {key}: {str(other)[-150:]} and {str(value)[-150:]}")
 
 
-def _annotated(source, records, left_out):
+def _annotated(source, known, records, left_out):
     """The Listing of an annotation file, which holds the masks of many images.
 
-    records: for each image the folder and the path in it, its size or None, its number of masks and its `read`.
+    known: the paths of all its images, by which they are named. records: for each image with masks the folder and the
+    path in it, its size or None, its number of masks and its `read`.
     """
     listed = lru_cache(None)(_listed)
     files = lru_cache(None)(_files)
-    names = _names([file for _, file, *_ in records])
+    names = _names(set(known))
+    times = Counter(file for _, file, *_ in records)
 
     def find(folder, file):
-        name = names.get(file)
-        if name != _stem(file):  # only what is exactly there, since others have the same stem
+        if names[file] != _stem(file):  # only what is exactly there, since others have the same stem
             return listed(join(folder, dirname(file))).get(basename(file))
         while True:  # some sets' records err in the ending, or in the folders
             above = join(folder, dirname(file))
-            found = listed(above).get(basename(file)) or files(above).get(name)
+            found = listed(above).get(basename(file)) or files(above).get(_stem(file))
             if found or not dirname(file):
                 return found
             _, _, file = file.partition("/")
@@ -1146,7 +1151,7 @@ def _annotated(source, records, left_out):
     count = 0
     for folder, file, size, masks, read in records:
         path = find(folder, file)
-        if file not in names:
+        if times[file] > 1:
             lone.append(f"{join(folder, file)}: {source} has two images of this name")
         elif not path:
             lone.append(f"{join(folder, file)}: no such image, but {source} has its masks")
@@ -1187,18 +1192,21 @@ def _via_listing(path, folder, shapes, attribute, wanted=None):
     """
     content = _load_json(path)
     left_out = Counter()
+    known = []
     records = []
     with _reading(path, "a VIA project"):
         for entry in content.get("_via_img_metadata", content).values():
-            file = entry["filename"]
-            if wanted is not None and file not in wanted:
+            name = entry["filename"]
+            file = _as_path(name)
+            known.append(file)
+            if wanted is not None and name not in wanted:
                 continue
             outlines = _outlines(entry["regions"], shapes, attribute, left_out)
             if outlines:
-                records.append((folder, _as_path(file), None, len(outlines), partial(_read_outlines, outlines)))
+                records.append((folder, file, None, len(outlines), partial(_read_outlines, outlines)))
             else:
                 left_out["images without masks"] += 1
-    return _annotated(path, records, left_out)
+    return _annotated(path, known, records, left_out)
 
 
 @reader
@@ -1377,7 +1385,8 @@ def _coco_listing(path, place):
         else:
             left_out["of an unknown image"] += number
     left_out["images without masks"] = len(images.keys() - places.keys())
-    return _annotated(path, records, left_out)
+    known = [file for _, file, _ in images.values()]
+    return _annotated(path, known, records, left_out)
 
 
 def _coco_splits(root, pattern, place):

@@ -1600,27 +1600,6 @@ def test_tables_of_levels(name, low, high, curve):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("level", [60, 200])
-def test_night_by_its_physics(seed, level):
-    """On a flat image: exposure falls by known stops, and noise is that of counted photons."""
-    rng = draws("night", seed)
-    depth = rng.uniform(0.22, 0.7)
-    stops = rng.uniform(3, 4)
-    rng.uniform(size=2)  # warmth and JPEG's coarseness
-    lamp = 0.42 * rng.uniform(0.7, 1.1)  # green
-    clear = np.exp(-depth)
-    light = clear * (level / 255) ** 2 + (1 - clear) * lamp
-    photons = 400 * light * 2 ** -stops
-    noise = np.sqrt(photons + 4) / photons  # of the light, relative
-    expected = np.sqrt(light * 2 ** (-stops / 2))
-
-    out = corrupt(flat(level, 200, 200), "night", seed)[..., 1] / 255  # green, which the white balance spares
-    curved = expected * (1 - noise ** 2 / 8)  # the mean of a square root is less than the root of the mean
-    assert out.mean() == pytest.approx(curved - 0.5 / 255, rel=0.04)
-    assert out.std() < 1.1 * expected * noise / 2
-    assert out.std() > 0.3 * expected * noise / 2  # JPEG removes some
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("level", [60, 200])
 def test_underwater_by_its_physics(seed, level):
     """On a flat image: Beer's law for each channel."""
     rng = draws("underwater", seed)
@@ -1686,13 +1665,6 @@ def test_correlate_against_loops():
         window = mirrored[:, y:y + 3, x:x + 5]
         assert out[:, y, x] == pytest.approx((window * kernel).sum((1, 2)), rel=1e-5)
 
-def test_hue_there_and_back():
-    rgb = corruptions.to_planes(scene(40, 40))
-    hue, low, high = corruptions.split_hue(rgb)
-    assert abs(corruptions.join_hue(hue, low, high) - rgb).max() < 1e-3
-    turned = corruptions.join_hue(hue + 2, low, high)  # a third of a turn: red becomes green
-    assert abs(turned - rgb[[2, 0, 1]]).max() < 1e-3
-
 @pytest.mark.parametrize("strength, reach", [(1, 3), (2, 6)])
 def test_glass_gathers_within_three_pixels(strength, reach):
     """Give each pixel its own colour: then the output tells where it was read, evenly over the 7x7 neighbours."""
@@ -1712,15 +1684,6 @@ def test_glass_gathers_within_three_pixels(strength, reach):
     expected = counts.mean()
     chi_squared = ((counts - expected) ** 2 / expected).sum()
     assert chi_squared < 1.5 * counts.size
-
-def test_gauss_noise_statistics():
-    grey = flat(128, 150, 150)
-    noisy = np.stack([corrupt(grey, "gauss_noise", seed) for seed in range(6)])
-    residual = noisy - 128.0
-    assert residual.std() == pytest.approx(15.97, rel=0.01)
-    assert residual.mean() == pytest.approx(-0.5, abs=0.1)
-    correlation = np.corrcoef(residual.reshape(-1, 3).T)
-    assert abs(correlation - np.eye(3)).max() < 0.02
 
 def test_iso_noise_destroys_hue_and_spares_grey():
     assert np.array_equal(corrupt(flat(90), "ISO_noise"), flat(90))  # no contrast, no colour: no noise
@@ -1815,17 +1778,12 @@ def test_fog_is_optical_depth_and_drawn_per_image():
 def test_color_jitter_is_a_function_of_colour():
     """Whatever the order of its steps: equal pixels stay equal, and white and black keep their rank."""
     image = scene(40, 40)
-    image[0, 0] = 255
-    image[0, 1] = 0
+    image[0, :2] = [[255], [0]]
     image[20:22, 5] = image[3, 3]
-    means = []
     for seed in range(60):
         out = corrupt(image, "color_jitter", seed).astype(int)
         assert (out[0, 0] >= out[0, 1]).all()
         assert (out[20:22, 5] == out[3, 3]).all()
-        means.append(out.mean() / image.mean())
-    assert np.mean(means) == pytest.approx(1, abs=0.15)
-    assert np.std(means) == pytest.approx(0.325, abs=0.125)
 
 def sheet_of(monkeypatch, *arguments):
     """Exit code of corruptions.py."""
@@ -1858,19 +1816,6 @@ def test_mistakes_on_the_command_line_of_corruptions(tmp_path, monkeypatch, caps
     assert message.startswith("corruptions.py: ")
     assert message.count("\n") == 1
     assert sorted(os.listdir()) == ["photo.jpg", "words.jpg"]
-
-@pytest.mark.parametrize("count, columns, lines", [(1, 2, 1), (15, 4, 4), (16, 5, 4)])
-def test_corruption_sheet_of_any_number(monkeypatch, count, columns, lines):
-    names = [f"c{k}" for k in range(count)]
-    monkeypatch.setattr(corruptions, "CORRUPTIONS", dict.fromkeys(names, lambda image, rng, strength: image))
-    sheet = corruptions.contact_sheet(flat(200, 64, 64), size=64)
-    cell_w = sheet.width // columns
-    cell_h = sheet.height // lines
-    filled = 0
-    for y, x in np.ndindex(lines, columns):
-        at = x * cell_w + cell_w // 2, y * cell_h + cell_h // 3
-        filled += sheet.getpixel(at) == (200, 200, 200)
-    assert filled == 1 + count
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
@@ -1958,12 +1903,6 @@ def test_sample_prompts_depend_on_names_and_not_on_order_or_company(tmp_path):
     for mask, index, expected in zip(sample.masks(), sample.indices, points, strict=True):
         assert np.array_equal(data.prompts(mask, data.seed_of("b", index, 0))[0], expected)
 
-def test_datasets_travel_to_workers(tmp_path):
-    sample = one_sample(tmp_path)
-    sent = pickle.dumps(sample)
-    assert len(sent) < 2000  # paths, no pixels
-    assert np.array_equal(pickle.loads(sent).image("fog"), sample.image("fog"))
-
 def test_degraded_pixels_are_the_same_on_the_fly_and_from_the_folder(tmp_path):
     root = put_split(tmp_path, {f"{k:02}": (smooth(seed=k), squares()) for k in range(16)})  # enough for two processes
     sample = data.load_dataset(root, "test")[1]
@@ -1975,30 +1914,21 @@ def test_degraded_pixels_are_the_same_on_the_fly_and_from_the_folder(tmp_path):
         assert sorted(os.listdir(folder)) == [f"{k:02}.jpg" for k in range(16)]
         assert np.array_equal(data.read_image(folder / "01.jpg"), fly[condition])
 
-def test_degraded_images_on_the_disk_are_used_and_kept(tmp_path):
-    one_sample(tmp_path)
-    folder = tmp_path / "test"
-    put(folder / "fog" / "a.png", smooth(seed=9))  # made by hand
-    put(folder / "snow" / "a.jpg", smooth(seed=8))
-    before = os.stat(folder / "snow" / "a.jpg").st_mtime_ns
-    assert run_cli(data.main, tmp_path, "--corrupt") is None
-    assert os.stat(folder / "snow" / "a.jpg").st_mtime_ns == before
-    assert os.listdir(folder / "fog") == ["a.png"]
-    assert os.listdir(folder / "rain") == ["a.jpg"]
-    sample = data.load_dataset(tmp_path, "test")[0]
-    assert np.array_equal(sample.image("fog", seed=3), smooth(seed=9))
-
-def test_who_draws_anew_reads_no_degraded_file(tmp_path):
+def test_degraded_images_on_the_disk_are_used_and_kept_unless_drawn_anew(tmp_path):
     fly = one_sample(tmp_path).image("fog", seed=1)
-    put(tmp_path / "test" / "fog" / "a.jpg", b"damaged")
+    put(tmp_path / "test" / "fog" / "a.png", smooth(seed=9))  # made by hand
+    assert run_cli(data.main, tmp_path, "--corrupt") is None
+    assert os.listdir(tmp_path / "test" / "fog") == ["a.png"]
+    assert os.listdir(tmp_path / "test" / "rain") == ["a.jpg"]
     sample = data.load_dataset(tmp_path, "test")[0]
+    assert np.array_equal(sample.image("fog", seed=1), smooth(seed=9))
+    put(tmp_path / "test" / "fog" / "a.png", b"damaged")
     assert np.array_equal(sample.image("fog", seed=1, stored=False), fly)
     assert not np.array_equal(sample.image("fog", seed=2, stored=False), fly)
-    with refused("fog/a.jpg: cannot read", kind=data.SampleError):
-        sample.image("fog", seed=1)
 
 @pytest.mark.parametrize("files, words", [
     ({"a.png": smooth(20, 20)}, "a.png: is 20 x 20 pixels (width x height), but"),
+    ({"a.png": b"damaged"}, "a.png: cannot read this image"),
     ({"a.png": smooth(), "a.TIF": smooth()}, "a.png and ")])
 def test_degraded_images_that_cannot_be_used(tmp_path, files, words):
     one_sample(tmp_path)
@@ -2070,14 +2000,14 @@ def test_whatever_one_sample_raises_is_its_own_error(tmp_path, monkeypatch, erro
             use()
 
 def test_strict_datasets_raise_what_they_would_skip(tmp_path):
-    root = put_split(tmp_path, {"a": (smooth(), squares()), "lone_image": (smooth(), None)})
-    with refused("lone_image", kind=data.SampleError):
-        data.load_dataset(root, "test", strict=True)
-    (root / "test" / "clear" / "lone_image.jpg").unlink()
-    strict = data.load_dataset(root, "test", strict=True)
+    one_sample(tmp_path)
+    strict = data.load_dataset(tmp_path, "test", strict=True)
     for dataset in (strict, data.Union([strict, strict])):
         with refused("some file", kind=data.SampleError):
             dataset.skip(data.SampleError("some file"))
+    put(tmp_path / "test" / "clear" / "lone_image.jpg", smooth())
+    with refused("lone_image", kind=data.SampleError):
+        data.load_dataset(tmp_path, "test", strict=True)
 
 @pytest.mark.parametrize("dtype, masks, expected", [
     ("uint8", [[0, 1], [1, 0]], [[0, 1], [1, 0]]),
@@ -2780,17 +2710,11 @@ def test_every_layout_accounts_for_what_it_leaves_out(tmp_path, layout):
 
 @pytest.mark.parametrize("layout, expected", [
     ("lvis", ["train", "val"]),
-    ("lis", ["normal_test", "normal_train", "test", "train"]),
     ("ndd20", ["above", "all", "below"]),
-    ("acdc-semantic", ["train", "train_ref", "val"]),
-    ("msra10k", ["all"]),
-    ("thinobject", ["test", "train", "val"]),
-    ("streets", ["all"]),
-    ("isic2016", ["test", "train"])])
+    ("acdc-semantic", ["train", "train_ref", "val"])])
 def test_splits_of_the_makers(tmp_path, layout, expected):
     write_set(layout, tmp_path)
-    kind, splits, _ = data.find_splits(str(tmp_path))
-    assert kind == layout.split("-")[0]
+    _, splits, _ = data.find_splits(str(tmp_path))
     assert sorted(splits) == expected
 
 def test_splits_of_streets_are_those_of_its_list(tmp_path):
@@ -2814,16 +2738,13 @@ def test_held_out_images_where_a_set_has_no_validation_split(tmp_path):
     for k in range(200):
         put(tmp_path / f"{k}.jpg", smooth())
         put(tmp_path / f"{k}.png", squares()[0])
-    parts = {split: names_of(data.load_dataset(tmp_path, split)) for split in ("train", "val", "all")}
-    assert len(parts["all"]) == 200
-    assert sorted(parts["train"] + parts["val"]) == parts["all"]
-    assert parts["val"] == [name for name in parts["all"] if split_of(name) == "val"]
-    assert 3 <= len(parts["val"]) <= 20
-    kept = parts["all"][:100]
-    for name in parts["all"][100:]:  # half of the set is gone: whoever is left stays where he was
-        (tmp_path / f"{name}.jpg").unlink()
-    for split in ("train", "val"):
-        assert names_of(data.load_dataset(tmp_path, split)) == [name for name in parts[split] if name in kept]
+    names = names_of(data.load_dataset(tmp_path, "all"))
+    for present in (names, names[:100]):  # once half of the set is gone, whoever is left stays where he was
+        for name in set(names) - set(present):
+            (tmp_path / f"{name}.jpg").unlink()
+        for split in ("train", "val"):
+            expected = [name for name in present if split_of(name) == split]
+            assert names_of(data.load_dataset(tmp_path, split)) == expected
 
 def test_union_of_datasets(tmp_path):
     names = []
@@ -2832,8 +2753,6 @@ def test_union_of_datasets(tmp_path):
     sets = data.load_datasets([tmp_path / "msra10k", f"bdd100k={tmp_path / 'bdd100k'}"], "train")
     both = data.Union(sets)
     assert names_of(both) == names
-    assert both[-1].labels[0] == "car"
-    assert both.skipped == sets[0].skipped + sets[1].skipped
     assert len(both.skipped) == 2
     assert names_of(data.spread(both, 2)) == [names[0], names[len(names) // 2]]
 
@@ -2844,9 +2763,6 @@ def test_the_kind_of_a_folder(tmp_path):
     with refused("lvis and coco", f"lvis={tmp_path}", kind=data.DatasetError):
         data.load_dataset(tmp_path, "val")
     assert names_of(data.load_datasets([f"lvis={tmp_path}"], "val")[0]) == sorted(truth)
-    assert run_cli(data.main, f"lvis={tmp_path}", "--split", "val") is None
-    with refused("no split 'dev'", "train, val", kind=data.MissingError):
-        data.load_dataset(tmp_path, "dev", "coco")
     shutil.rmtree(tmp_path / "val2017")
     shutil.rmtree(tmp_path / "coco")
     with refused("nothing to use", "val2017", ".jpg: no such image", kind=data.MissingError):
@@ -2938,6 +2854,12 @@ def test_an_image_of_which_only_the_address_is_known(tmp_path):
     put(put_coco(tmp_path, [None], of_first("images", coco_url="http://x.org/val2017/1.jpg")) / "1.jpg", photo(BOX))
     assert names_of(data.load_dataset(tmp_path, "val")) == ["1"]
 
+@pytest.mark.parametrize("written", ["\ud800.jpg", "a\nb.jpg", "\0.jpg", ".", "..", "x" * 999])
+def test_paths_that_cannot_be_are_named_in_one_line(tmp_path, written):
+    put_coco(tmp_path, [written])
+    with refused("no such image", kind=data.MissingError):
+        data.load_dataset(tmp_path, "val")
+
 @pytest.mark.parametrize("on_disk, written", [("NFD", "NFC"), ("NFC", "NFD")])
 def test_accents_are_those_of_the_disk_or_of_the_file(tmp_path, on_disk, written):
     disk, listed = (unicodedata.normalize(form, "é") for form in (on_disk, written))
@@ -2988,6 +2910,16 @@ def test_names_are_unique_where_stems_repeat(tmp_path, write, files, expected):
         sample.prompts()
     (folder / files[0]).unlink()  # the names of the others stay, and none is read in its place
     assert len({*expected} - {*names_of(data.load_dataset(tmp_path, split))}) == 1
+
+def test_no_image_is_read_in_place_of_a_missing_one_that_shares_its_stem(tmp_path):
+    def change(content):
+        content["images"].append(dict(content["images"][0], id=9, file_name="1.jpg"))  # an image without masks
+
+    put(put_coco(tmp_path, ["a/1.jpg", "2.jpg"], change) / "1.jpg", photo(BOX))
+    put(tmp_path / "val2017" / "2.jpg", photo(BOX))
+    dataset = data.load_dataset(tmp_path, "val")
+    assert names_of(dataset) == ["2"]
+    assert "a/1.jpg: no such image" in dataset.skipped[0]
 
 def test_names_are_unique_where_frames_repeat(tmp_path):
     write_layout("acdc-semantic", tmp_path)
@@ -3149,10 +3081,9 @@ def test_masks_of_another_size_are_refused(tmp_path, layout, pattern, broken):
         data.load_dataset(tmp_path, "val")[0].masks()
 
 def test_run_lengths_of_another_size_are_refused(tmp_path):
-    truth = write_layout("coco", tmp_path)
-    path = tmp_path / "annotations" / "instances_val2017.json"
-    put(path, path.read_text(encoding="utf-8").replace('"size": [64, 96]', '"size": [96, 64]'))
-    with refused("instances_val2017.json", min(truth), "[96, 64]", kind=data.SampleError):
+    shape = dict(size=[96, 64], counts=[6144])
+    put(put_coco(tmp_path, ["1.jpg"], of_first("annotations", segmentation=shape)) / "1.jpg", photo(BOX))
+    with refused("instances_val2017.json", "[96, 64]", kind=data.SampleError):
         data.load_dataset(tmp_path, "val")[0].masks()
 
 @pytest.mark.parametrize("options", [dict(), dict(indent=1), dict(ensure_ascii=False)])
@@ -3211,12 +3142,10 @@ def test_the_form_of_a_prompts_file(pinned):
     samples = content["sets"][0].pop("samples")
     assert content == dict(format="gara-sam prompts 1", sets=[dict(kind="coco", split="val", seed=0)])
     for sample in data.load_dataset(root, "val"):
-        points, boxes = sample.prompts()
         entry = samples.pop(sample.name)
         assert entry["size"] == [64, 96]
-        assert list(entry["masks"]) == list(map(str, sample.indices))
-        assert [mask["points"] for mask in entry["masks"].values()] == points.tolist()
-        assert [mask["box"] for mask in entry["masks"].values()] == boxes.tolist()
+        for index, points, box in zip(sample.indices, *sample.prompts(), strict=True):
+            assert entry["masks"][str(index)] == dict(points=points.tolist(), box=box.tolist())
     assert not samples
 
 SAMPLES = "sets", 0, "samples"
@@ -3226,18 +3155,13 @@ MASK = *SAMPLE, "masks", "5000"
 @pytest.mark.parametrize("place, value, words", [
     (("format",), "x", "format 'x'"),
     (("sets",), None, "not a prompts file"),
-    (("sets",), [[]], "not a prompts file"),
     (SAMPLES, 3, "not a prompts file"),
     (("sets", 0, "kind"), "lvis", "no prompts for coco val, but for lvis val"),
     (SAMPLE, None, "1 of 3 samples of"),
     ((*SAMPLE, "size"), [96, 64], "of 000000000139, 96 x 64 pixels"),
-    ((*SAMPLE, "size"), None, "no three points"),
-    ((*SAMPLE, "masks"), None, "no three points"),
     (MASK, None, "no three points"),
     ((*MASK, "points"), [[20, 30], [20, 30]], "no three points"),
-    ((*MASK, "points"), "here", "no three points"),
     ((*MASK, "points", 2, 0), 2, "no three points"),  # outside of the mask
-    ((*MASK, "points", 0, 1), -30, "no three points"),
     ((*MASK, "points", 0, 1), 10**400, "no three points"),
     ((*MASK, "points", 0, 0), 20.5, "no three points"),
     ((*MASK, "points", 1, 0), math.nan, "no three points"),
