@@ -1673,16 +1673,26 @@ def _write_degraded(job):
     return len(conditions), None
 
 
+def _degraded_already(folder):
+    """The names of the samples whose degraded image is in this folder; what a killed run left is removed."""
+    names = set()
+    os.makedirs(folder, exist_ok=True)
+    for file in _below(folder):
+        name, ending = splitext(file)
+        if ending.startswith(".part"):
+            os.remove(join(folder, file))
+        else:
+            names.add(name)
+    return names
+
+
 def write_corruptions(dataset):
     """One folder per corruption (beside clear/, for other sets than Robust-Seg in ROOT/degraded/SPLIT), with the pixels
     of Sample.image(condition). Existing files stay, so that an interrupted run can go on. DatasetError if another
     program writes them at the same time."""
     folder = dataset[0].folder
     with alone_in(folder):
-        there = {}
-        for condition in CORRUPTIONS:
-            os.makedirs(join(folder, condition), exist_ok=True)
-            there[condition] = {splitext(file)[0] for file in _below(join(folder, condition))}
+        there = {condition: _degraded_already(join(folder, condition)) for condition in CORRUPTIONS}
         jobs = []
         for sample in dataset:
             conditions = [condition for condition in CORRUPTIONS if sample.name not in there[condition]]

@@ -1917,6 +1917,7 @@ def test_degraded_pixels_are_the_same_on_the_fly_and_from_the_folder(tmp_path):
 def test_degraded_images_on_the_disk_are_used_and_kept_unless_drawn_anew(tmp_path):
     fly = one_sample(tmp_path).image("fog", seed=1)
     put(tmp_path / "test" / "fog" / "a.png", smooth(seed=9))  # made by hand
+    put(tmp_path / "test" / "fog" / "a.jpg.part7", b"cut")  # by a run that was killed
     assert run_cli(data.main, tmp_path, "--corrupt") is None
     assert os.listdir(tmp_path / "test" / "fog") == ["a.png"]
     assert os.listdir(tmp_path / "test" / "rain") == ["a.jpg"]
@@ -1987,7 +1988,7 @@ def test_bad_samples_are_named_skipped_and_counted(tmp_path, capsys):
         assert capsys.readouterr().out.count("skipped: ") == 17
     assert "small.jpg" not in os.listdir(root / "test" / "fog")
 
-@pytest.mark.parametrize("error", [MemoryError(), ValueError("two\nlines"), ZeroDivisionError("x"), AttributeError("x")])
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("two\nlines"), AttributeError("x")])
 def test_whatever_one_sample_raises_is_its_own_error(tmp_path, monkeypatch, error):
     def broken(*_):
         raise error
@@ -2026,20 +2027,31 @@ def test_mask_files_of_every_number_type(tmp_path, dtype, masks, expected):
 GREY = smooth(20, 30)[..., 0]
 GREY.flat[:2] = 0, 255
 
-@pytest.mark.parametrize("ending", ["png", "tif", "bmp", "gif", "jp2", "ppm"])
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "CMYK", "YCbCr", "LAB", "RGBA"])
-def test_every_mode_of_image_becomes_rgb(tmp_path, mode, ending):
+@pytest.mark.parametrize("mode, endings", [
+    ("1", "png tif bmp ppm"),
+    ("L", "png tif bmp ppm jp2"),
+    ("LA", "png tif jp2"),
+    ("P", "png tif bmp gif"),
+    ("PA", "tif"),
+    ("RGBA", "png tif bmp jp2"),
+    ("CMYK", "tif jp2"),
+    ("YCbCr", "tif jp2"),
+    ("LAB", "tif")])
+@pytest.mark.filterwarnings("error")
+def test_every_mode_of_image_becomes_rgb(tmp_path, mode, endings):
     original = Image.fromarray(smooth(20, 30))
     original = Image.new("LAB", (30, 20), (128, 148, 158)) if mode == "LAB" else original.convert(mode)
-    path = tmp_path / f"x.{ending}"
-    try:
-        original.save(path)
-    except (OSError, ValueError, SystemError):
-        pytest.skip("no such file exists")
-    image = data.read_image(path)
-    with Image.open(path) as file:
-        assert np.array_equal(image, np.array(file.convert("RGB")))
-    assert image.flags.writeable
+    for ending in endings.split():
+        original.save(tmp_path / f"x.{ending}")
+        image = data.read_image(tmp_path / f"x.{ending}")
+        assert np.array_equal(image, np.array(original.convert("RGB"))), ending
+        assert image.flags.writeable
+
+def test_transparent_colours_keep_their_colour(tmp_path):
+    palette = Image.fromarray(smooth(20, 30)).quantize(16)
+    for transparency in (3, bytes(range(16))):
+        palette.save(tmp_path / "x.png", transparency=transparency)
+        assert np.array_equal(data.read_image(tmp_path / "x.png"), np.array(palette.convert("RGB")))
 
 def test_levels_multiplied_by_alpha_are_divided_by_it():
     image = Image.new("RGBA", (3, 2), (200, 100, 50, 128)).convert("RGBa")
@@ -2972,8 +2984,11 @@ def test_each_dataset_takes_the_prompts_file_that_fits(tmp_path):
     with refused("0.json and ", "copy.json: both", kind=data.DatasetError):
         data.load_datasets(roots[:1], "test", prompt_files=[files[0], tmp_path / "copy.json"])
 
-@pytest.mark.parametrize("layout, pattern", [("streets", "*annotations.json"), ("thinobject", "*.txt"), ("lis", "*.json"),
-                                             ("acdc-panoptic", "*.json")])
+@pytest.mark.parametrize("layout, pattern", [
+    ("streets", "*annotations.json"),
+    ("thinobject", "*.txt"),
+    ("lis", "*.json"),
+    ("acdc-panoptic", "*.json")])
 def test_byte_order_marks_are_passed_over(tmp_path, layout, pattern):
     truth = write_layout(layout, tmp_path)
     for path in tmp_path.rglob(pattern):
