@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import os
+import pathlib
 import pickle
 import re
 import resource
@@ -2278,13 +2279,15 @@ def within(seconds, condition):
         time.sleep(0.01)
     return condition()
 
-def has_ended(process):
-    """No process of this number, or one that only waits to be counted."""
-    try:
-        with open(f"/proc/{process}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] == "Z"
-    except OSError:
-        return True
+def processes():
+    """{number: parent's number} of all processes that have not ended."""
+    found = {}
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent, *_ = stat.read_text().rpartition(")")[2].split()
+            if state != "Z":
+                found[int(stat.parent.name)] = int(parent)
+    return found
 
 @pytest.mark.parametrize("method, signal_sent", [
     ("fork", signal.SIGKILL),
@@ -2298,12 +2301,12 @@ def test_no_worker_outlives_its_parent(tmp_path, method, signal_sent):
                            env=environment)
     try:
         lines = [top.stdout.readline().strip() for _ in range(7)]
-        workers = [int(line) for line in lines if line.isdigit()]
+        workers = {int(line) for line in lines if line.isdigit()}
     finally:
         top.send_signal(signal_sent)
         top.wait()
     assert len(workers) == 6
-    assert within(10, lambda: all(map(has_ended, workers)))
+    assert within(10, lambda: not processes().keys() & workers)
 
 def double(number):
     """The work of a pool: one is killed, one raises, and one meets a full disk."""
@@ -2326,11 +2329,11 @@ def test_demo_workers_end_with_the_program(tmp_path):
     program = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         assert within(20, lambda: list(tmp_path.rglob("*.npy")))
-        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(program.pid)], capture_output=True, text=True)
+        workers = {process for process, parent in processes().items() if parent == program.pid}
     finally:
         program.kill()
         program.wait()
-    assert within(10, lambda: all(map(has_ended, children.stdout.split())))
+    assert within(10, lambda: not processes().keys() & workers)
     assert not (tmp_path / "demo").exists()
 
 ASCII = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii")
