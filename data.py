@@ -778,8 +778,9 @@ class Listing(NamedTuple):
             return the names of its splits, function(split) -> Listing      (or None: root holds no such dataset)
 
     A sample's `read` reads its masks when they are asked for. _paired() makes the Listing where each image has a mask
-    file of its own, _annotated() where one file holds the masks of many. An archive may have been unpacked into a folder of its own name, so _find() looks for everything up
-    to two folders down. The rest is load_dataset's: the folder of degraded images, a split "val" where there is none.
+    file of its own, _annotated() where one file holds the masks of many. An archive may have been unpacked into a
+    folder of its own name, so _find() looks for everything up to two folders down. The rest is load_dataset's: the
+    folder of degraded images, a split "val" where there is none.
     """
     samples: list  # of Sample, sorted by name
     masks: int = None  # how many objects they have; None where only reading tells
