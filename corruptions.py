@@ -791,7 +791,7 @@ def corrupt(image, name, seed=0, strength=1.0):
     kind = getattr(image, "dtype", type(image).__name__)
     shape = np.shape(image)
     if kind != np.uint8 or shape[2:] != (3,):
-        raise ValueError(f"image is {kind} {shape}; pass a numpy array of dtype uint8 and shape (height, width, 3), RGB")
+        raise ValueError(f"image is {kind} {shape}; pass a numpy array of dtype uint8, (height, width, 3), RGB")
     H, W = image.shape[:2]
     if min(H, W) < 16:
         raise ValueError(f"image is {W}x{H} pixels; enlarge it so that both sides reach 16")

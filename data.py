@@ -814,8 +814,8 @@ def _stem(file):
 
 
 def _names(files):
-    """{file: sample's name} of the paths of a split's files: the stem, 0001. Where stems repeat it is the path up to the
-    ending, a/0001; where that repeats, too, the path, a/0001.png."""
+    """{file: sample's name} of the paths of a split's files: the stem, 0001. Where stems repeat, it is the path up to
+    the ending, a/0001; where that repeats, too, the path, a/0001.png."""
     names = {}
     for form in (_stem, lambda file: splitext(file)[0], str):
         count = Counter(map(form, files))
