@@ -62,7 +62,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from assets.painter import demo_scene
-from assets.sheets import draw_prompts, labelled
 from corruptions import CORRUPTIONS, OTHERS, corrupt, generator
 
 CONDITIONS = ("clear", *CORRUPTIONS)
@@ -105,7 +104,7 @@ class PinnedError(SampleError):
 
 
 @contextlib.contextmanager
-def _explained(file, what, kind=SampleError):
+def explained(file, what, kind=SampleError):
     """Whatever goes wrong within, be it a damaged file or a lack of memory, is this file's: one line that says what.
 
     A single bad file must not end a run, and nobody can list all that Pillow, NumPy and json raise on one.
@@ -120,7 +119,7 @@ def _explained(file, what, kind=SampleError):
 
 def _reading(path, what):
     """What goes wrong within means that the file is damaged, or not `what` it is taken for: DatasetError."""
-    return _explained(path, f"not {what}, or damaged", DatasetError)
+    return explained(path, f"not {what}, or damaged", DatasetError)
 
 
 def _why(error):
@@ -266,7 +265,7 @@ def _opened(path, annotated):
 
     annotated: the size that its annotation names, or None.
     """
-    with _explained(path, "cannot read this image"), _open(path) as file:
+    with explained(path, "cannot read this image"), _open(path) as file:
         width, height = file.size
         orientation = file.getexif().get(0x0112, 1)
         stored = upright = height, width
@@ -601,7 +600,7 @@ class Sample:
         if seed is None:
             seed = seed_of(self.name, corruption)
         image = read_image(self.clear, self.size)
-        with _explained(self.clear, "cannot be degraded"):
+        with explained(self.clear, "cannot be degraded"):
             return degrade(image, condition, seed)
 
     def _stored(self, condition):
@@ -624,7 +623,7 @@ class Sample:
         known = set()
         kept = []
         planes = []
-        with _explained(self.source, f"cannot read the masks of {self.name}"):
+        with explained(self.source, f"cannot read the masks of {self.name}"):
             for index, label, mask, reason in self.read(self):
                 while str(index) in known:  # an id that the file has twice: 5, 5+
                     index = f"{index}+"
@@ -639,7 +638,7 @@ class Sample:
                     kept.append((index, label))
                     planes.append(mask)
             if not planes:
-                why = _account(self.left_out) or "none"
+                why = account(self.left_out) or "none"
                 raise SampleError(f"{self.source}: {self.name} has no mask to use ({why})")
             self._kept = tuple(zip(*kept))
             return np.stack(planes)
@@ -704,7 +703,7 @@ class Sample:
                               f"{own[1]} x {own[0]}")
 
 
-def _account(counter):
+def account(counter):
     """Counter -> "446 crowd, 12 empty"."""
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counter.items()))
 
@@ -744,7 +743,7 @@ class Dataset(Sequence):
     def summary(self):
         """One line: what it is, images, masks, what is left out and why."""
         count = "" if self.masks is None else f", {self.masks:,} masks"
-        left = f"; left out: {_account(self.left_out)}" if self.left_out else ""
+        left = f"; left out: {account(self.left_out)}" if self.left_out else ""
         return (f"{join(self.root, self.split)} ({self.kind}): {len(self):,} images{count}{left}; "
                 f"{len(self.skipped):,} files skipped")
 
@@ -1664,7 +1663,7 @@ def _write_degraded(job):
     try:
         image = read_image(sample.clear, sample.size)
         for condition in conditions:
-            with _explained(sample.clear, "cannot be degraded"):
+            with explained(sample.clear, "cannot be degraded"):
                 jpeg = degraded_jpeg(image, condition, seed_of(sample.name, condition))
             path = join(sample.folder, condition, f"{sample.name}.jpg")
             os.makedirs(dirname(path), exist_ok=True)
@@ -1762,72 +1761,6 @@ def make_missing_demo(root):
 
 # ---------------------------------------------------------------- command line
 
-def contact_sheet(samples, path, tile=192, columns=8):
-    """Draws each sample twice: clear with masks and prompts, then degraded, each in the next of the 15 conditions.
-    Returns the errors of those that cannot be drawn."""
-    tiles = []
-    errors = []
-    for k, sample in enumerate(samples):
-        corruption = CONDITIONS[1 + k % len(CORRUPTIONS)]
-        try:
-            masks = sample.masks()
-            clear = draw_prompts(sample.image(), masks, *sample.prompts(masks))
-            degraded = Image.fromarray(sample.image(corruption))
-            tiles += (sample.name[-20:], clear), (corruption, degraded)
-        except SampleError as error:
-            errors.append(error)
-    if tiles:
-        save_png(labelled(tiles, columns, tile), path)
-    return errors
-
-
-def describe(dataset, most=200):
-    """Prints what a split holds, from at most `most` samples spread over it. Returns the good ones among them."""
-    good, sizes, counts, areas, left_out = [], [], [], [], Counter()
-    chosen = spread(dataset, most)
-    progress = Progress(f"{dataset.split}: reading", len(chosen))
-    for sample in chosen:
-        progress.update()
-        try:
-            masks = sample.masks()
-            image = sample.image()
-            with _explained(sample.clear, "cannot be degraded"):
-                corrupt(image, "brightness")  # the fastest
-        except SampleError as error:
-            dataset.skip(error)
-            continue
-        finally:
-            left_out += sample.left_out
-        good.append(sample)
-        sizes.append(image.shape[:2])
-        counts.append(len(masks))
-        areas.extend(masks.mean((1, 2)))
-    progress.close()
-
-    print(dataset.summary())
-    for line in dataset.skipped[:20]:
-        print(f"  skipped: {line}")
-    if len(dataset.skipped) > 20:
-        print(f"  and {len(dataset.skipped) - 20:,} more")
-    if not good:
-        return good
-
-    h0, w0 = np.min(sizes, 0)
-    h1, w1 = np.max(sizes, 0)
-    left = f"; left out: {_account(left_out)}" if left_out else ""
-    print(f"  {len(good):,} of them read: height {h0} to {h1}, width {w0} to {w1}; {np.mean(counts):.1f} masks an "
-          f"image ({min(counts)} to {max(counts)}){left}")
-    tiny, small, medium, large = np.histogram(areas, [0, 1e-3, 1e-2, 1e-1, 1.1])[0] / len(areas)
-    print(f"  area of a mask: {tiny:.0%} below 0.1 % of the picture, {small:.0%} up to 1 %, {medium:.0%} up to 10 %, "
-          f"{large:.0%} above; median {np.median(areas):.1%}")
-    classes = Counter(label for sample in good for label in sample.labels if label)
-    if classes:
-        print("  classes: " + ", ".join(f"{name} {count:,}" for name, count in classes.most_common(12)))
-    ready = [corruption for corruption in CORRUPTIONS if corruption in good[0].ready]
-    print(f"  degraded images on disk: {', '.join(ready) or 'none, so they are made on the fly'}")
-    return good
-
-
 def parse_arguments(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1851,6 +1784,8 @@ def parse_arguments(argv):
 
 def run(args):
     """What the command line asks for."""
+    from assets.sheets import contact_sheet, describe  # here, as they need this file
+
     root, kind = path_and_kind(args.root)
     if args.make_demo:
         make_demo(root, *args.scenes, patterned=args.patterned)
@@ -1899,4 +1834,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    from data import main as start  # this file under its own name, by which assets/ and workers know it
+
+    start()
