@@ -50,7 +50,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -1643,16 +1643,24 @@ def _start_worker():
 
 
 def _parallel(work, jobs):
-    """work(job) for all jobs, on all cores."""
+    """work(job) for all jobs, on all cores, in any order. Whatever goes wrong, it waits for no worker, and none stays."""
     workers = min(os.cpu_count() or 1, len(jobs) // 8)
     if workers < 2:
         yield from map(work, jobs)
         return
+    others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers, initializer=_start_worker)
     try:
-        yield from pool.map(work, jobs)
-    except BrokenProcessPool:
-        raise DatasetError("a worker was killed, perhaps for lack of memory; run the same command again") from None
+        futures = [pool.submit(work, job) for job in jobs]
+        for future in as_completed(futures):
+            yield future.result()
+    except BaseException as error:
+        for child in multiprocessing.active_children():
+            if child not in others:
+                child.kill()
+        if isinstance(error, BrokenProcessPool):
+            raise DatasetError("a worker was killed, perhaps for lack of memory; run the same command again") from None
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -1700,10 +1708,15 @@ def write_corruptions(dataset):
                 jobs.append((sample, conditions))
 
         progress = Progress(f"{dataset.split}: degraded images", sum(len(conditions) for _, conditions in jobs))
-        for count, line in _parallel(_write_degraded, jobs):
-            progress.update(count)
-            if line:
-                dataset.skip(SampleError(line))
+        try:
+            for count, line in _parallel(_write_degraded, jobs):
+                progress.update(count)
+                if line:
+                    dataset.skip(SampleError(line))
+        except BaseException:
+            for condition in CORRUPTIONS:
+                _degraded_already(join(folder, condition))
+            raise
         progress.close()
 
 
