@@ -1371,11 +1371,15 @@ def _coco_listing(path, place):
                 folder, file = place(record)
                 _once(images, _id(record["id"]), (folder, _as_path(_utf8(file)), size), path)
             elif key == "annotations":
-                reason = _unusable(record)
+                try:
+                    image = _id(record["image_id"])
+                    reason = _unusable(record)
+                except (AttributeError, LookupError, TypeError, ValueError):
+                    reason = "malformed"
                 if reason:
                     left_out[reason] += 1
                 else:
-                    places.setdefault(_id(record["image_id"]), array("q")).extend((offset, length))
+                    places.setdefault(image, array("q")).extend((offset, length))
 
     records = []
     for image, annotations in places.items():

@@ -2853,6 +2853,19 @@ def test_common_forms_of_coco_files_are_read(tmp_path, change, mark):
     assert sample.indices == (10,)
     assert sample.labels == ("cat",)
 
+@pytest.mark.parametrize("values, reason", [
+    (dict(segmentation=[None]), "of fewer than 3 points"),
+    (dict(segmentation=[[1, 2], 3, 4]), "malformed"),
+    (dict(iscrowd="x"), "malformed"),
+    (dict(image_id={}), "of an unknown image")])
+def test_a_malformed_annotation_ends_no_run(tmp_path, values, reason):
+    folder = put_coco(tmp_path, ["1.jpg", "2.jpg"], of_first("annotations", **values))
+    put(folder / "1.jpg", photo(BOX))
+    put(folder / "2.jpg", photo(BOX))
+    dataset = data.load_dataset(tmp_path, "val")
+    assert names_of(dataset) == ["2"]
+    assert dataset.left_out[reason] == 1
+
 @pytest.mark.parametrize("change, label", [
     (of_first("categories", name=7), "7"),
     (lambda content: content.pop("categories"), None),
