@@ -623,7 +623,7 @@ class Sample:
         known = set()
         kept = []
         planes = []
-        with explained(self.source, f"cannot read the masks of {self.name}"):
+        try:
             for index, label, mask, reason in self.read(self):
                 while str(index) in known:  # an id that the file has twice: 5, 5+
                     index = f"{index}+"
@@ -642,6 +642,10 @@ class Sample:
                 raise SampleError(f"{self.source}: {self.name} has no mask to use ({why})")
             self._kept = tuple(zip(*kept))
             return np.stack(planes)
+        except DatasetError:
+            raise
+        except Exception as error:  # the source now, as a reader of several files names each
+            raise SampleError(f"{self.source}: cannot read the masks of {self.name} ({_why(error)})") from error
 
     @property
     def indices(self):
