@@ -38,12 +38,10 @@ import argparse
 import io
 import math
 import numbers
-import os
 import zlib
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
 
 # ---- Tools: grey levels ---------------------------------------------------------------------------------------------
@@ -63,19 +61,8 @@ def from_planes(planes):
     return np.stack(truncate(planes), axis=-1)
 
 
-def through_table(image, curve):
-    """Apply curve (256 grey levels, one for each input level) to every sample of a uint8 array -> uint8.
-
-    Equals truncate(curve)[image], in a tenth of the time.
-    """
-    mapped = bytearray(image).translate(truncate(curve))
-    return np.frombuffer(mapped, np.uint8).reshape(image.shape)
-
-
 def fade(image, changed, share):
     """Between two uint8 arrays, `share` of the way from the first to the second -> uint8."""
-    if share == 1:
-        return changed
     difference = changed.astype(np.float32) - image
     return np.rint(image + share * difference).astype(np.uint8)
 
@@ -217,9 +204,8 @@ def correlate(image, kernel):
     what makes long thin kernels cheap.
     """
     H, W = image.shape[-2:]
-    margins = [(0, 0)] * (image.ndim - 2)
-    for side in kernel.shape:
-        margins.append((side // 2, side // 2))
+    reach = [(side // 2, side // 2) for side in kernel.shape]
+    margins = [(0, 0)] * (image.ndim - 2) + reach
     padded = np.pad(image.astype(np.float32), margins, mode="reflect")
     out = np.zeros(image.shape, np.float32)
     term = np.empty_like(out)                                        # one for all: new arrays are what takes time
@@ -489,7 +475,7 @@ def impulse_noise(image, rng, strength=1.0):
     Strength multiplies the exposure in stops: gain ** strength.
     """
     gain = rng.uniform(1.4, 1.5) ** strength
-    return through_table(image, np.arange(256) * gain)
+    return truncate(np.arange(256) * gain)[image]                    # a table of the 256 levels
 
 
 # Blur
@@ -639,16 +625,14 @@ def elastic_transform(image, rng, strength=1.0):
     tilted = warp(to_planes(image), dy, dx)
 
     # Nothing in the ripple is finer than 10 px: draw and blur it on a grid of one cell for 4x4 px.
-    ripple = []
     h = math.ceil(H / 4)
     w = math.ceil(W / 4)
-    for _ in range(2):
-        field = rng.uniform(-1, 1, (h, w))
-        field *= strength * 100 / 4                                  # the mean of 16 px varies 4 times less than one
-        field = blur(field, gaussian(10 / 4, 10))
-        field = resize(field, 4 * h, 4 * w, cubic=True)
-        ripple.append(field[:H, :W])
-    return from_planes(warp(tilted, *ripple))
+    ripple = rng.uniform(-1, 1, (2, h, w))
+    ripple *= strength * 100 / 4                                     # the mean of 16 px varies 4 times less than one
+    ripple = blur(ripple, gaussian(10 / 4, 10))
+    ripple = resize(ripple, 4 * h, 4 * w, cubic=True)
+    dy, dx = ripple[:, :H, :W]
+    return from_planes(warp(tilted, dy, dx))
 
 
 def frosted_glass_blur(image, rng, strength=1.0):
@@ -676,7 +660,7 @@ def brightness(image, rng, strength=1.0):
     Strength multiplies the exposure in stops: factor ** strength.
     """
     factor = rng.uniform(0.6, 0.8) ** strength
-    return through_table(image, np.arange(256) * factor)
+    return truncate(np.arange(256) * factor)[image]
 
 
 def contrast(image, rng, strength=1.0):
@@ -687,7 +671,7 @@ def contrast(image, rng, strength=1.0):
     """
     factor = rng.uniform(1.6, 1.7) ** strength
     from_pivot = np.arange(256) - 128
-    return through_table(image, from_pivot * factor + 128)
+    return truncate(from_pivot * factor + 128)[image]
 
 
 # ---- Two that are not in the benchmark ------------------------------------------------------------------------------
@@ -786,31 +770,38 @@ CORRUPTIONS = {function.__name__: function for function in (
 OTHERS = dict(night=night, underwater=underwater)
 
 
+def generator(*seeds):
+    """The random generator of some whole numbers of any size, the first of which may be negative."""
+    first, *others = map(int, seeds)
+    if first < 0:
+        others.append(zlib.crc32(b"negative"))
+    return np.random.default_rng([abs(first), *others])
+
+
 def corrupt(image, name, seed=0, strength=1.0):
     """Degrade an image; equal arguments give equal pixels.
 
     image: uint8 HxWx3 RGB, at least 16x16, left unmodified. name: a key of CORRUPTIONS or OTHERS. seed: a whole
-    number >= 0. strength: 0 (an exact copy) to 10; 1 is the benchmark. Returns a new uint8 HxWx3 array.
+    number of any size. strength: 0 (an exact copy) to 10; 1 is the benchmark. Returns a new uint8 HxWx3 array.
     Raises ValueError, in one line, for anything else.
     """
     functions = CORRUPTIONS | OTHERS
-    if not isinstance(name, str) or name not in functions:
+    if name not in list(functions):
         raise ValueError(f"unknown corruption {name!r}; choose one of: {', '.join(functions)}")
-    is_array = isinstance(image, np.ndarray)
-    if not is_array or image.dtype != np.uint8 or image.shape[2:] != (3,):
-        got = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
-        raise ValueError(f"image is {got}; pass a numpy array of dtype uint8 and shape (height, width, 3), RGB")
+    kind = getattr(image, "dtype", type(image).__name__)
+    shape = np.shape(image)
+    if kind != np.uint8 or shape[2:] != (3,):
+        raise ValueError(f"image is {kind} {shape}; pass a numpy array of dtype uint8, (height, width, 3), RGB")
     H, W = image.shape[:2]
     if min(H, W) < 16:
         raise ValueError(f"image is {W}x{H} pixels; enlarge it so that both sides reach 16")
     if not isinstance(strength, numbers.Real) or not 0 <= strength <= 10:        # NaN fails this too
         raise ValueError(f"strength is {strength!r}; pass a number from 0 (no change) to 10, 1 is the benchmark")
-    if not isinstance(seed, numbers.Integral) or seed < 0:
-        raise ValueError(f"seed is {seed!r}; pass a whole number of 0 or more")
+    if not isinstance(seed, numbers.Integral):
+        raise ValueError(f"seed is {seed!r}; pass a whole number")
     if strength == 0:
         return image.copy()
-    number = zlib.crc32(name.encode())
-    rng = np.random.default_rng([int(seed), number])
+    rng = generator(seed, zlib.crc32(name.encode()))
     image = np.ascontiguousarray(image)
     return functions[name](image, rng, float(strength))
 
@@ -823,61 +814,39 @@ def contact_sheet(image, seed=0, strength=1.0, size=240):
     The image is first shrunk to a long side of 640 px, because most lengths are absolute and the benchmark's look is
     known at that scale. Its corrupted copies are then shrunk to a long side of `size` px.
     """
+    from assets.sheets import labelled                               # here, so that the functions need no other file
+
     clear = Image.fromarray(image)
     clear.thumbnail((640, 640), Image.Resampling.LANCZOS)
-    tiles = {"clear": clear}
+    tiles = [("clear", clear)]
     for name in CORRUPTIONS:
         corrupted = corrupt(np.asarray(clear), name, seed, strength)
-        tiles[name] = Image.fromarray(corrupted)
+        tiles.append((name, Image.fromarray(corrupted)))
     columns = math.ceil(math.sqrt(len(tiles)))
-    lines = math.ceil(len(tiles) / columns)
-
-    width, height = ImageOps.contain(clear, (size, size)).size
-    text = max(9, size // 14)
-    font = ImageFont.load_default(text)
-    widest = max(font.getlength(name) for name in tiles)
-    cell_w = max(width, math.ceil(widest)) + text
-    cell_h = height + 2 * text
-    sheet = Image.new("RGB", (columns * cell_w, lines * cell_h), "white")
-    draw = ImageDraw.Draw(sheet)
-    for k, (name, tile) in enumerate(tiles.items()):
-        line, column = divmod(k, columns)
-        middle = column * cell_w + cell_w // 2
-        top = line * cell_h + text // 2
-        tile = tile.resize((width, height), Image.Resampling.LANCZOS)
-        sheet.paste(tile, (middle - width // 2, top))
-        draw.text((middle, top + height), name, "black", font, anchor="ma")
-    return sheet
-
-
-def save_whole(picture, path):
-    """Write a Pillow image in the format that the ending of `path` names: whole, or not at all."""
-    part = path.with_name(f".{path.name}")
-    try:
-        picture.save(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    return labelled(tiles, columns, size)
 
 
 def main():
     """Runs the command line; a user's mistake ends in one line and exit code 2."""
-    from data import DatasetError, read_image                        # here, so that the functions need no other file
+    from data import DatasetError, plain_output, read_image, save_png
 
+    plain_output()
     parser = argparse.ArgumentParser(description="Show a photo under the 15 Robust-Seg corruptions on one sheet.")
-    parser.add_argument("photo", type=Path, help="image file, any format Pillow reads")
-    parser.add_argument("--out", type=Path, default=Path("sheet.png"), help="where to write the sheet (sheet.png)")
+    parser.add_argument("photo", help="image file, any format Pillow reads")
+    parser.add_argument("--out", default="sheet.png", help="where to write the sheet, a PNG (sheet.png)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other draws (0)")
     parser.add_argument("--strength", type=float, default=1.0, help="0 no change, 1 the benchmark, up to 10 (1)")
     parser.add_argument("--size", type=int, default=240, help="long side of a tile in pixels, 32 to 2000 (240)")
     args = parser.parse_args()
-    if not 32 <= args.size <= 2000:
-        parser.exit(2, f"corruptions.py: --size is {args.size}; pass 32 to 2000\n")
     try:
+        if not args.out.lower().endswith(".png"):
+            raise ValueError(f"--out is {args.out}; the sheet is a PNG, so end its name in .png")
+        if not 32 <= args.size <= 2000:
+            raise ValueError(f"--size is {args.size}; pass 32 to 2000")
         image = read_image(args.photo)
         sheet = contact_sheet(image, args.seed, args.strength, args.size)
-        save_whole(sheet, args.out)
-    except (DatasetError, OSError, ValueError) as error:
+        save_png(sheet, args.out)
+    except (DatasetError, ValueError) as error:
         parser.exit(2, f"corruptions.py: {error}\n")
     print(f"{args.out}: {sheet.width}x{sheet.height}, seed {args.seed}, strength {args.strength:g}")
 

@@ -2,7 +2,7 @@
 
 The big idea: nothing depends on order. A prompt, a corruption or a demo scene draws from a seed made of NAMES (of the
 image, of the condition, the number of the mask). So two people, two methods and any number of workers see the same
-points, the same boxes and the same noise.
+points, the same boxes and the same noise. Names are unique within a split: see `_names`.
 
 `load_dataset(root, split)` knows eleven layouts by what lies on the disk; `python data.py ROOT` says what is in one:
 
@@ -18,7 +18,8 @@ points, the same boxes and the same noise.
     isic2016    ISBI2016_ISIC_Part1_Training_Data/ beside ..._Training_GroundTruth/, and the same with Test
 
 The demo dataset has robustseg's layout. A degraded image that is not on the disk is made on the fly; `--corrupt`
-writes the very same pixels to the disk.
+writes the very same pixels to the disk, which evaluation then reads. Training draws anew in each epoch, unless told to
+use what is stored.
 
     python data.py ROOT [--split test] [--sheet sheet.png]      counts, sizes, areas, a contact sheet
     python data.py ROOT --check                                 read every file and name the bad ones
@@ -27,7 +28,7 @@ writes the very same pixels to the disk.
     python data.py demo/ --make-demo                            make the synthetic dataset (half a minute)
 
 In this file: reading images, degrading them, masks, prompts and samples, the readers (to add a dataset, see `Listing`),
-load_dataset, prompts in a file, degraded folders; then the painter of the demo, which may be skipped.
+load_dataset, prompts in a file, degraded folders, the demo (assets/painter.py draws its scenes).
 """
 import argparse
 import contextlib
@@ -40,15 +41,17 @@ import os
 import re
 import shutil
 import signal
-import struct
 import sys
 import threading
 import time
-import tokenize
+import unicodedata
+import warnings
 import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -56,9 +59,10 @@ from os.path import basename, dirname, exists, isdir, join, splitext
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw
 
-from corruptions import CORRUPTIONS, OTHERS, corrupt
+from assets.painter import demo_scene
+from corruptions import CORRUPTIONS, OTHERS, corrupt, generator
 
 CONDITIONS = ("clear", *CORRUPTIONS)
 PROMPTS = ("point", "box")  # the kinds that masks are predicted from
@@ -76,15 +80,15 @@ def degraded_conditions(conditions):
     return benchmark_conditions(degraded) or degraded
 
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
-# What Pillow, numpy and json raise on a damaged file, as opposed to a mistake in this program.
-DAMAGED = (OSError, ValueError, EOFError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError,
-           RecursionError, OverflowError, tokenize.TokenError)
-FORM = (KeyError, TypeError, AttributeError, IndexError)  # what reading JSON of another form than expected raises
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+IMAGE_ENDINGS += tuple(map(str.upper, IMAGE_ENDINGS))
 
 
 class DatasetError(Exception):
     """The dataset cannot be used as asked. One line: what was looked for, what was found, what to do."""
+
+    def __str__(self):
+        return " ".join(super().__str__().splitlines())  # a file's name may hold line breaks
 
 
 class MissingError(DatasetError, FileNotFoundError):
@@ -100,14 +104,22 @@ class PinnedError(SampleError):
 
 
 @contextlib.contextmanager
-def _reading(path, what):
-    """What goes wrong within means that the file is damaged, or not `what` it is taken for: DatasetError."""
+def explained(file, what, kind=SampleError):
+    """Whatever goes wrong within, be it a damaged file or a lack of memory, is this file's: one line that says what.
+
+    A single bad file must not end a run, and nobody can list all that Pillow, NumPy and json raise on one.
+    """
     try:
         yield
-    except DatasetError:  # already explained; first, because a MissingError is an OSError as well
+    except DatasetError:  # already explained
         raise
-    except (*DAMAGED, *FORM) as error:
-        raise DatasetError(f"{path}: not {what}, or damaged ({type(error).__name__}: {_why(error)})") from None
+    except Exception as error:
+        raise kind(f"{file}: {what} ({_why(error)})") from error
+
+
+def _reading(path, what):
+    """What goes wrong within means that the file is damaged, or not `what` it is taken for: DatasetError."""
+    return explained(path, f"not {what}, or damaged", DatasetError)
 
 
 def _why(error):
@@ -115,7 +127,16 @@ def _why(error):
     if getattr(error, "strerror", None):
         return error.strerror
     text = str(error) or type(error).__name__
+    if isinstance(error, KeyError):
+        return f"no {text}"
     return text.splitlines()[0].split(" '")[0]
+
+
+def plain_output():
+    """Lets a program print any name, also one that is not UTF-8 or that the terminal's encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def seed_of(*parts):
@@ -156,20 +177,21 @@ class Progress:
 
 def save_bytes(content, path):
     """Writes a file: whole, or not at all. DatasetError."""
-    part = f"{path}.part"
+    part = f"{path}.part{os.getpid()}"  # two programs that write the same file do not meet
     try:
         with open(part, "wb") as file:
             file.write(content)
         os.replace(part, path)
     except OSError as error:
-        if exists(part):
-            os.remove(part)
         raise DatasetError(f"{path}: cannot write this file ({_why(error)})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(part)
 
 
 def save_text(text, path):
     """Writes a text file in UTF-8: whole, or not at all. DatasetError."""
-    save_bytes(text.encode(), path)
+    save_bytes(text.encode(errors="backslashreplace"), path)
 
 
 @contextlib.contextmanager
@@ -178,8 +200,12 @@ def alone_in(folder):
 
     The lock is the system's and ends with the process, however that ends.
     """
-    os.makedirs(folder, exist_ok=True)
-    with open(join(folder, ".lock"), "w") as file:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(join(folder, ".lock"), "w")
+    except OSError as error:
+        raise DatasetError(f"{folder}: cannot write into this folder ({_why(error)})") from None
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -193,6 +219,8 @@ def alone_in(folder):
 def end_with_parent(_=None):
     """In a worker (a DataLoader's worker_init_fn): ends it once its parent has ended, even by SIGKILL."""
     parent = multiprocessing.parent_process()
+    if parent is None:  # this is no worker
+        return
 
     def watch():
         parent.join()
@@ -219,6 +247,16 @@ UPRIGHT = {  # what undoes the orientations 2 to 8 of EXIF
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+AS_STORED = UPRIGHT | {6: UPRIGHT[8], 8: UPRIGHT[6]}  # and what undoes that
+
+
+@contextlib.contextmanager
+def _open(path):
+    """Yields an image file. What Pillow warns of, more than 89 million pixels, is refused: it takes too much memory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as file:
+            yield file
 
 
 @contextlib.contextmanager
@@ -227,20 +265,26 @@ def _opened(path, annotated):
 
     annotated: the size that its annotation names, or None.
     """
-    try:
-        with Image.open(path) as file:
-            width, height = file.size
-            orientation = file.getexif().get(0x0112)
-            turn = UPRIGHT.get(orientation)
-            if annotated and tuple(annotated) == (height, width):  # it was annotated as stored
-                turn = None
-            size = (width, height) if turn is not None and orientation > 4 else (height, width)
-            if annotated and tuple(annotated) != size:
-                raise SampleError(f"{path}: is {size[1]} x {size[0]} pixels (width x height), but its annotation is "
-                                  f"for {annotated[1]} x {annotated[0]}")
-            yield file, turn, size
-    except DAMAGED as error:
-        raise SampleError(f"{path}: cannot read this image ({_why(error)})") from None
+    with explained(path, "cannot read this image"), _open(path) as file:
+        width, height = file.size
+        orientation = file.getexif().get(0x0112, 1)
+        stored = upright = height, width
+        turned_by_pillow = file.format == "TIFF"  # on loading; the size is the upright one already
+        if orientation > 4 and turned_by_pillow:
+            stored = width, height
+        elif orientation > 4:
+            upright = width, height
+
+        if annotated and tuple(annotated) == stored:  # it was annotated as stored
+            size = stored
+            turn = AS_STORED.get(orientation) if turned_by_pillow else None
+        else:
+            size = upright
+            turn = None if turned_by_pillow else UPRIGHT.get(orientation)
+        if annotated and tuple(annotated) != size:
+            raise SampleError(f"{path}: is {size[1]} x {size[0]} pixels (width x height), but its annotation is "
+                              f"for {annotated[1]} x {annotated[0]}")
+        yield file, turn, size
 
 
 def image_size(path, annotated=None):
@@ -250,17 +294,60 @@ def image_size(path, annotated=None):
 
 
 def read_image(path, annotated=None):
-    """uint8 HxWx3 RGB. Grey, palette, CMYK and 16-bit images are converted, alpha is dropped.
+    """uint8 HxWx3 RGB of any image that Pillow reads; of several frames the first, without alpha. SampleError.
 
     An image is turned upright as its EXIF says, unless the pixels as stored have the size (H, W) that its annotation
-    names: then they were annotated as stored. SampleError if neither has.
+    names: then they were annotated as stored. It is an error if neither has.
     """
     with _opened(path, annotated) as (file, turn, _):
-        image = file if turn is None else file.transpose(turn)
-        if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would clip at 255 instead of scaling
-            grey = np.asarray(image) // 256
-            image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        image = _eight_bits(file)
+        if turn is not None:
+            image = image.transpose(turn)
         return np.array(image.convert("RGB"))
+
+
+def _eight_bits(file):
+    """An opened image with 8 bits a level, in a mode that converts to "L" and "RGB". ValueError if that is guesswork.
+
+    Deeper greys lose their low bits. Files of 16 bits often hold fewer. How many is what the file states, or else the
+    least of 8, 10, 12, 14 and 16 that its largest level fits in.
+    """
+    bits, stated = _depth(file)
+    file.load()
+    file.info.pop("transparency", None)
+    if file.mode in ("La", "RGBa"):  # levels are multiplied by alpha
+        return file.convert(file.mode.upper())
+    if file.mode == "F":
+        raise ValueError("its levels are floating-point numbers of unknown range; store 8 bits")
+    if file.mode.startswith("I"):
+        levels = np.asarray(file)
+        largest = max(int(levels.max()), stated)
+        if levels.min() < 0 or largest >= 1 << 16:
+            raise ValueError(f"its levels, {levels.min()} to {largest}, do not fit in 16 bits; store 8 bits")
+        bits = next(bits for bits in (8, 10, 12, 14, 16) if largest < 1 << bits)
+        return Image.fromarray((levels >> (bits - 8)).astype(np.uint8))
+    if bits == 16 and stated < 65535 and np.max(file.convert("RGB")) < 64:  # Pillow has kept the upper 8 bits
+        raise ValueError("its colours of 16 bits hold no more than 14; store 8 bits")
+    return file
+
+
+def _depth(file):
+    """Of an opened image: bits that each level is stored in, 0 if unknown; the largest level it may have, if its file
+    says so, else 0."""
+    if file.format in ("PPM", "JPEG2000"):  # which Pillow stretches to 16 bits
+        return 0, 65535
+    if file.format == "TIFF":
+        bits = file.tag_v2.get(258, (1,))[0]  # BitsPerSample
+        largest = file.tag_v2.get(281, (0,))[0]  # MaxSampleValue
+        return bits, largest if largest or bits >= 16 else (1 << bits) - 1
+    if file.format != "PNG":
+        return 0, 0
+    with open(file.filename, "rb") as raw:
+        bits = raw.read(25)[24]
+        rest = raw.read() if bits == 16 else b""
+    head, _, _ = rest.partition(b"IDAT")
+    _, found, significant = head.partition(b"sBIT")
+    return bits, (1 << significant[0]) - 1 if found else 0
 
 
 # ---------------------------------------------------------------- degrading images
@@ -333,12 +420,12 @@ def rle_decode(rle):
     counts = rle["counts"]
     if isinstance(counts, (str, bytes)):
         counts = _runs_of(counts)
-    runs = np.asarray(counts)
+    runs = np.asarray(counts, np.float64)  # some tools write 5.0 or "5"
     pixels = height * width
-    if runs.dtype.kind not in "iu" or not 0 <= runs.min() <= runs.max() <= pixels or runs.sum() != pixels:
+    if not (runs >= 0).all() or runs.sum() != pixels or (runs % 1).any():
         raise ValueError(f"run lengths do not make up {height} x {width} pixels")
     values = np.arange(len(runs)) % 2 == 1
-    return np.repeat(values, runs).reshape(width, height).T
+    return np.repeat(values, runs.astype(np.int64)).reshape(width, height).T
 
 
 def rle_encode(mask):
@@ -470,7 +557,7 @@ def prompts(mask, seed):
     if len(pixels) < 3:
         pixels = np.resize(pixels, 3)
     # The first three steps of a shuffle. Spelled out, because numpy may change choice() from version to version.
-    for k, draw in enumerate(np.random.default_rng(seed).random(3)):
+    for k, draw in enumerate(generator(seed).random(3)):
         other = k + int(draw * (len(pixels) - k))
         pixels[[k, other]] = pixels[[other, k]]
     y, x = np.divmod(pixels[:3], mask.shape[1])
@@ -488,7 +575,7 @@ def box_of(mask):
 @dataclass(slots=True, eq=False)
 class Sample:
     """One image with its objects. Holds paths and no pixels; what it reads may raise SampleError."""
-    name: str  # all seeds derive from it
+    name: str  # unique in its split; all seeds derive from it
     clear: str  # the path of its image
     source: str  # the file of its masks
     read: Callable  # read(sample) yields (index, label, bool HxW mask, why it is left out or None) for each region
@@ -499,32 +586,48 @@ class Sample:
     left_out: Counter = field(default_factory=Counter)  # the regions that masks() left out, by reason
     _kept: tuple = None  # indices and labels of the planes of masks()
 
-    def image(self, condition="clear", seed=None):
-        """uint8 HxWx3. A degraded image is read from its folder if it is there, else made from `seed`.
+    def image(self, condition="clear", seed=None, stored=True):
+        """uint8 HxWx3. A degraded image is read from its folder if it is there (and `stored`), else made from `seed`.
 
         A condition may carry a strength: "fog@0.5" is made from the same seed as "fog".
         """
         corruption, _ = name_and_strength(condition)
+        path = self._stored(condition) if stored else None
+        if path:
+            image = read_image(path)
+            self._require_size(path, image.shape[:2])
+            return image
+        if seed is None:
+            seed = seed_of(self.name, corruption)
+        image = read_image(self.clear, self.size)
+        with explained(self.clear, "cannot be degraded"):
+            return degrade(image, condition, seed)
+
+    def _stored(self, condition):
+        """The path of its degraded image; None if there is none. SampleError if there are two."""
+        paths = []
         if condition in self.ready:
             for ending in IMAGE_ENDINGS:
                 path = join(self.folder, condition, self.name + ending)
-                if exists(path):
-                    image = read_image(path)
-                    self._require_size(path, image.shape[:2])
-                    return image
-        if seed is None:
-            seed = seed_of(self.name, corruption)
-        return degrade(read_image(self.clear, self.size), condition, seed)
+                if exists(path) and not (paths and os.path.samefile(path, paths[0])):
+                    paths.append(path)
+        if len(paths) > 1:
+            raise SampleError(f"{paths[0]} and {paths[1]}: which is {condition} of {self.name}? remove one")
+        return paths[0] if paths else None
 
     def masks(self):
         """bool NxHxW, N >= 1, one plane per object. What is left out (crowds, empty masks, ...) is counted in
         `left_out`; `indices` and `labels` belong to the planes that remain."""
         size = image_size(self.clear, self.size)
         self.left_out = Counter()
+        known = set()
         kept = []
         planes = []
         try:
             for index, label, mask, reason in self.read(self):
+                while str(index) in known:  # an id that the file has twice: 5, 5+
+                    index = f"{index}+"
+                known.add(str(index))
                 if not reason and mask.shape != size:
                     self._require_size(self.source, mask.shape)
                 if not reason and not mask.any():
@@ -534,14 +637,15 @@ class Sample:
                 else:
                     kept.append((index, label))
                     planes.append(mask)
-        except SampleError:
+            if not planes:
+                why = account(self.left_out) or "none"
+                raise SampleError(f"{self.source}: {self.name} has no mask to use ({why})")
+            self._kept = tuple(zip(*kept))
+            return np.stack(planes)
+        except DatasetError:
             raise
-        except (*DAMAGED, *FORM) as error:
-            raise SampleError(f"{self.source}: cannot read the masks of {self.name} ({_why(error)})") from None
-        if not planes:
-            raise SampleError(f"{self.source}: {self.name} has no mask to use ({_account(self.left_out) or 'none'})")
-        self._kept = tuple(zip(*kept))
-        return np.stack(planes)
+        except Exception as error:  # the source now, as a reader of several files names each
+            raise SampleError(f"{self.source}: cannot read the masks of {self.name} ({_why(error)})") from error
 
     @property
     def indices(self):
@@ -587,7 +691,7 @@ class Sample:
             x, y = points.T.astype(int)
             whole = (points == np.stack([x, y], 1)).all() and points.min() >= 0
             fits = whole and list(self.pinned["size"]) == [height, width] and mask[y, x].all()
-        except (*FORM, ValueError, OverflowError):
+        except Exception:  # whatever else stands there
             fits = False
         if not fits:
             raise PinnedError(f"{self.source}: the prompts file has no three points in mask {index} of {self.name}, "
@@ -603,7 +707,7 @@ class Sample:
                               f"{own[1]} x {own[0]}")
 
 
-def _account(counter):
+def account(counter):
     """Counter -> "446 crowd, 12 empty"."""
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counter.items()))
 
@@ -643,7 +747,7 @@ class Dataset(Sequence):
     def summary(self):
         """One line: what it is, images, masks, what is left out and why."""
         count = "" if self.masks is None else f", {self.masks:,} masks"
-        left = f"; left out: {_account(self.left_out)}" if self.left_out else ""
+        left = f"; left out: {account(self.left_out)}" if self.left_out else ""
         return (f"{join(self.root, self.split)} ({self.kind}): {len(self):,} images{count}{left}; "
                 f"{len(self.skipped):,} files skipped")
 
@@ -676,9 +780,10 @@ class Listing(NamedTuple):
             "What it looks for; part of the message when nothing is found."
             return the names of its splits, function(split) -> Listing      (or None: root holds no such dataset)
 
-    A sample's `read` reads its masks when they are asked for; _paired() makes the Listing where each image has a mask
-    file of its own. An archive may have been unpacked into a folder of its own name, so _find() looks for everything up
-    to two folders down. The rest is load_dataset's: the folder of degraded images, a split "val" where there is none.
+    A sample's `read` reads its masks when they are asked for. _paired() makes the Listing where each image has a mask
+    file of its own, _annotated() where one file holds the masks of many. An archive may have been unpacked into a
+    folder of its own name, so _find() looks for everything up to two folders down. The rest is load_dataset's: the
+    folder of degraded images, a split "val" where there is none.
     """
     samples: list  # of Sample, sorted by name
     masks: int = None  # how many objects they have; None where only reading tells
@@ -707,16 +812,56 @@ def _find(root, *paths):
     return next(_find_all(root, *paths), None)
 
 
-def _files(folder, endings=IMAGE_ENDINGS):
-    """{stem: path}. Hidden files are left out: an archive made by macOS holds a "._x.jpg" beside each "x.jpg"."""
+def _stem(file):
+    return splitext(basename(file))[0]
+
+
+def _names(files):
+    """{file: sample's name} of the paths of a split's files: the stem, 0001. Where stems repeat, it is the path up to
+    the ending, a/0001; where that repeats, too, the path, a/0001.png."""
+    names = {}
+    for form in (_stem, lambda file: splitext(file)[0], str):
+        count = Counter(map(form, files))
+        for file in files:
+            if count[form(file)] == 1:
+                names.setdefault(file, form(file).replace("../", "").lstrip("/"))
+    return names
+
+
+def _named(paths):
+    """{file: path} -> {sample's name: path}."""
+    return {name: paths[file] for file, name in _names(paths).items()}
+
+
+def _listed(folder, endings=IMAGE_ENDINGS):
+    """{file: path}. Hidden files are left out: an archive made by macOS holds a "._x.jpg" beside each "x.jpg". There,
+    accents are letters of their own as well; here they are joined to theirs, as in the annotations."""
+    paths = {}
     if not folder or not isdir(folder):
-        return {}
-    files = {}
-    for file in sorted(os.listdir(folder), reverse=True):
-        stem, _ = splitext(file)
+        return paths
+    for file in sorted(os.listdir(folder)):
         if file.lower().endswith(endings) and not file.startswith("."):
-            files[stem] = join(folder, file)
-    return files
+            paths[unicodedata.normalize("NFC", file)] = join(folder, file)
+    return paths
+
+
+def _files(folder, endings=IMAGE_ENDINGS):
+    """{stem: path}; where stems repeat, {file: path}."""
+    return _named(_listed(folder, endings))
+
+
+def _below(top):
+    """Yields the path of each file below a folder, relative to it. Linked folders are followed, each folder once."""
+    known = set()
+    for folder, folders, files in os.walk(top, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in known:
+            folders.clear()
+            continue
+        known.add(real)
+        folders.sort()
+        for file in files:
+            yield os.path.relpath(join(folder, file), top)
 
 
 def _only(paths, stems):
@@ -726,10 +871,20 @@ def _only(paths, stems):
 
 def _paired(images, masks, read):
     """The Listing of {stem: path of the image} and {stem: path of the mask file}."""
-    stems = sorted(images.keys() & masks.keys())
-    samples = [Sample(stem, images[stem], masks[stem], read) for stem in stems]
-    lone = [f"{images[stem]}: has no mask file" for stem in images.keys() - masks.keys()]
-    lone += [f"{masks[stem]}: has no image" for stem in masks.keys() - images.keys()]
+    samples = []
+    lone = []
+    for name in sorted(images.keys() | masks.keys()):
+        image = images.get(name)
+        mask = masks.get(name)
+        if image and mask:
+            samples.append(Sample(name, image, mask, read))
+            continue
+        partners = images if mask else masks
+        twins = [partners[name + ending] for ending in IMAGE_ENDINGS if name + ending in partners]
+        if twins:
+            lone.append(f"{image or mask}: belongs to {' or to '.join(twins)}? rename or remove one")
+        else:
+            lone.append(f"{image}: has no mask file" if image else f"{mask}: has no image")
     return Listing(samples, lone=sorted(lone))
 
 
@@ -756,14 +911,14 @@ def _read_stack(sample):
 
 def _read_one_mask(sample):
     """An image of one object: 0/1, 0/255, or 0..255 with soft edges; any mode."""
-    with Image.open(sample.source) as file:
-        grey = np.array(file.convert("L"))
+    with _open(sample.source) as file:
+        grey = np.array(_eight_bits(file).convert("L"))
     yield 0, None, _binary(grey), None
 
 
 def _pixels(path, mode):
     """The numbers in a label map as they are stored: int32 HxW or HxWxbands. ValueError if not of this mode."""
-    with Image.open(path) as file:
+    with _open(path) as file:
         if file.mode != mode:
             raise ValueError(f"expected a picture of mode {mode}, found {file.mode}")
         return np.array(file).astype(np.int32)
@@ -809,8 +964,9 @@ def thinobject(root):
     home = dirname(lists)
 
     def listing(split):
-        with open(join(lists, f"{split}.txt"), errors="surrogateescape") as file:
-            stems = {splitext(line.strip())[0] for line in file if line.strip()}
+        with open(join(lists, f"{split}.txt"), encoding="utf-8-sig", errors="surrogateescape") as file:
+            text = unicodedata.normalize("NFC", file.read())
+        stems = {splitext(line.strip())[0] for line in text.splitlines() if line.strip()}
         images = _only(_files(join(home, "images")), stems)
         masks = _only(_files(join(home, "masks")), stems)
         found = _paired(images, masks, _read_one_mask)
@@ -905,13 +1061,10 @@ def _read_panoptic(segments, sample):
 def _frames(top, ending, split=None):
     """{"GOPR0475_frame_000041": path} of ACDC's files <condition>/<split>/<sequence>/<frame><ending> below a folder."""
     frames = {}
-    for folder, _, files in os.walk(top):
-        if split and split not in os.path.relpath(folder, top).split(os.sep):
-            continue
-        for file in files:
-            if file.endswith(ending):
-                frames[file.removesuffix(ending)] = join(folder, file)
-    return frames
+    for file in _below(top):
+        if file.endswith(ending) and (split is None or split in dirname(file).split(os.sep)):
+            frames[file.removesuffix(ending) + ".png"] = join(top, file)
+    return _named(frames)
 
 
 @reader
@@ -927,20 +1080,25 @@ def acdc(root):
 
         detection = _find(root, f"gt_detection/instancesonly_{name}_detection.json")
         if detection:
-            return _coco_listing(detection, lambda image: join(shots, _utf8(image["file_name"])))
+            return _coco_listing(detection, lambda image: (shots, image["file_name"]))
 
         images = _frames(shots, f"_rgb{reference}_anon.png", split)
         panoptic = _find(root, f"gt_panoptic/{name}_panoptic.json")
         if panoptic:
             content = _load_json(panoptic)
+            ending = f"_gt{reference}_panoptic.png"
+            segments = {}
             with _reading(panoptic, "a panoptic file"):
-                segments = {basename(row["file_name"]).split("_gt")[0]: row["segments_info"]
-                            for row in content["annotations"]}
-            maps = _frames(dirname(panoptic), f"_gt{reference}_panoptic.png")
+                for row in content["annotations"]:
+                    frame = _as_path(row["file_name"]).removesuffix(ending) + ".png"
+                    _once(segments, frame, row["segments_info"], panoptic)
+            segments = _named(segments)
+            maps = _frames(dirname(panoptic), ending, split)
             found = _paired(_only(images, segments), _only(maps, segments), None)
             for sample in found.samples:
-                sample.read = partial(_read_panoptic, segments[sample.name])
-            return found
+                sample.read = partial(_read_panoptic, segments.pop(sample.name))
+            lone = [f"{panoptic}: {frame} has no image and PNG, or several" for frame in sorted(segments)]
+            return found._replace(lone=lone)
 
         maps = _frames(_find(root, "gt") or root, f"_gt{reference}_labelTrainIds.png", split)
         return _paired(_only(images, maps), maps, _read_train_ids)
@@ -952,8 +1110,60 @@ def acdc(root):
 # ---------------------------------------------------------------- readers: VIA projects, all outlines in one JSON file
 
 def _load_json(path):
-    with _reading(path, "JSON"), open(path, encoding="utf-8") as file:
-        return json.load(file)
+    with _reading(path, "JSON"), open(path, "rb") as file:
+        return json.loads(file.read())
+
+
+def _as_path(text):
+    """A path as JSON files write it, perhaps on Windows or as an address, in this system's form."""
+    if "://" in text:
+        address, _, _ = text.partition("?")
+        text = address.split("/", 3)[-1]
+    return os.path.normpath(unicodedata.normalize("NFC", text.replace("\\", "/")))
+
+
+def _once(table, key, value, path):
+    """table[key] = value; DatasetError if the file of this path gave it another value before."""
+    other = table.setdefault(key, value)
+    if other != value:
+        raise DatasetError(f"{path}: has two records of {key}: {str(other)[-150:]} and {str(value)[-150:]}")
+
+
+def _annotated(source, known, records, left_out):
+    """The Listing of an annotation file, which holds the masks of many images.
+
+    known: the paths of all its images, by which they are named. records: for each image with masks the folder and the
+    path in it, its size or None, its number of masks and its `read`.
+    """
+    listed = lru_cache(None)(_listed)
+    files = lru_cache(None)(_files)
+    names = _names(set(known))
+    times = Counter(file for _, file, *_ in records)
+
+    def find(folder, file):
+        if names[file] != _stem(file):  # only what is exactly there, since others have the same stem
+            return listed(join(folder, dirname(file))).get(basename(file))
+        while True:  # some sets' records err in the ending, or in the folders
+            above = join(folder, dirname(file))
+            found = listed(above).get(basename(file)) or files(above).get(_stem(file))
+            if found or not dirname(file):
+                return found
+            _, _, file = file.partition("/")
+
+    samples = []
+    lone = []
+    count = 0
+    for folder, file, size, masks, read in records:
+        path = find(folder, file)
+        if times[file] > 1:
+            lone.append(f"{join(folder, file)}: {source} has two images of this name")
+        elif not path:
+            lone.append(f"{join(folder, file)}: no such image, but {source} has its masks")
+        else:
+            samples.append(Sample(names[file], path, source, read, size))
+            count += masks
+    samples.sort(key=lambda sample: sample.name)
+    return Listing(samples, count, left_out, sorted(lone))
 
 
 def _read_outlines(outlines, sample):
@@ -979,34 +1189,28 @@ def _outlines(regions, shapes, attribute, left_out):
     return outlines
 
 
-def _via_listing(path, folder, shapes, attribute, wanted=None, prefix=""):
+def _via_listing(path, folder, shapes, attribute, wanted=None):
     """The Listing of a VIA project, whose images are in a folder.
 
     shapes: which are outlines. attribute: the one that holds the class. wanted: only these files, if not None.
     """
     content = _load_json(path)
-    images = _files(folder)
     left_out = Counter()
-    samples = []
-    lone = []
-    count = 0
+    known = []
+    records = []
     with _reading(path, "a VIA project"):
         for entry in content.get("_via_img_metadata", content).values():
-            file = entry["filename"]
-            stem, _ = splitext(file)
-            if wanted is not None and file not in wanted:
+            name = entry["filename"]
+            file = _as_path(name)
+            known.append(file)
+            if wanted is not None and name not in wanted:
                 continue
             outlines = _outlines(entry["regions"], shapes, attribute, left_out)
-            if not outlines:
-                left_out["images without masks"] += 1
-            elif stem not in images:
-                lone.append(f"{join(folder, file)}: no such image, but {path} has its masks")
+            if outlines:
+                records.append((folder, file, None, len(outlines), partial(_read_outlines, outlines)))
             else:
-                read = partial(_read_outlines, outlines)
-                samples.append(Sample(prefix + stem, images[stem], path, read))
-                count += len(outlines)
-    samples.sort(key=lambda sample: sample.name)
-    return Listing(samples, count, left_out, sorted(lone))
+                left_out["images without masks"] += 1
+    return _annotated(path, known, records, left_out)
 
 
 @reader
@@ -1024,8 +1228,10 @@ def ndd20(root):
         parts = []
         for side, path in projects.items():
             if split in ("all", side.lower()):
-                parts.append(_via_listing(path, join(dirname(path), side), ("polyline", "polygon"), "species",
-                                          prefix=f"{side}_"))  # the two have the same file names
+                part = _via_listing(path, join(dirname(path), side), ("polyline", "polygon"), "species")
+                for sample in part.samples:
+                    sample.name = f"{side}_{sample.name}"  # the two have the same file names
+                parts.append(part)
         samples, masks, left_out, lone = zip(*parts)
         return Listing(sum(samples, []), sum(masks), sum(left_out, Counter()), sum(lone, []))
 
@@ -1075,7 +1281,7 @@ def json_records(path):
         return found.end()
 
     separator = r"\s*(,\s*|(?=[]}]))"
-    at = after(r"\s*{\s*", 0)
+    at = after("(\xef\xbb\xbf)?\\s*{\\s*", 0)  # some editors begin a file with a byte order mark
     while not text.startswith("}", at):
         key, at = decode(text, at)
         at = after(r"\s*:\s*", at)
@@ -1099,6 +1305,28 @@ def _utf8(text):
         return text
 
 
+def _id(value):
+    """An id. Tools write 7, 7.0 or "7", even within one file."""
+    text = str(value).removesuffix(".0")
+    return int(text) if text.isdecimal() and str(int(text)) == text else text
+
+
+def _polygons(shape):
+    """The polygons of a segmentation that have three corners or more, each as numbers [x0, y0, x1, y1, ...].
+
+    Some tools leave out the list around a single polygon, or write a pair for each corner.
+    """
+    if not isinstance(shape[0], list) or len(shape) > 2 and max(map(len, shape)) == 2:
+        shape = [shape]
+    polygons = []
+    for polygon in shape:
+        if polygon and isinstance(polygon[0], list):
+            polygon = sum(polygon, [])
+        if len(polygon) >= 6:
+            polygons.append(polygon)
+    return polygons
+
+
 def _unusable(annotation):
     """Why an annotation is left out, or None."""
     for flag, reason in (("iscrowd", "crowd"), ("ignore", "ignore")):
@@ -1107,75 +1335,73 @@ def _unusable(annotation):
     shape = annotation.get("segmentation")
     if not shape:
         return "without a mask"
-    if isinstance(shape, list) and max(map(len, shape)) < 6:
+    if isinstance(shape, list) and not _polygons(shape):
         return "of fewer than 3 points"
     return None
 
 
 def _read_annotations(classes, places, sample):
     """The regions of a sample. places: offset and length of each of its annotations in the file, in turn."""
-    height, width = sample.size
+    height, width = sample.size or image_size(sample.clear)
     with open(sample.source, "rb") as file:
         for offset, length in zip(places[::2], places[1::2]):
             file.seek(offset)
             annotation = json.loads(file.read(length))
             shape = annotation["segmentation"]
             if isinstance(shape, list):
-                mask = polygon_mask([part for part in shape if len(part) >= 6], height, width)
-            elif list(shape["size"]) == [height, width]:
+                mask = polygon_mask(_polygons(shape), height, width)
+            elif list(map(float, shape["size"])) == [height, width]:
                 mask = rle_decode(shape)
             else:
                 raise ValueError(f"run lengths of {shape['size']} pixels for an image of {[height, width]}")
-            yield annotation["id"], classes.get(annotation.get("category_id")), mask, None
+            yield _id(annotation.get("id")), classes.get(_id(annotation.get("category_id"))), mask, None
 
 
 def _coco_listing(path, place):
-    """The Listing of a COCO-style file. place(image record): the path of the image."""
+    """The Listing of a COCO-style file. place(image record): the folder of the image and its path there."""
     classes = {}
-    images = {}  # {id: (path, size)}
+    images = {}  # {id: (folder, path in it, size)}
     places = {}  # {image's id: see _read_annotations}
     left_out = Counter()
     with _reading(path, "a COCO file"):
         for key, record, offset, length in json_records(path):
             if key == "categories":
-                classes[record["id"]] = _utf8(record["name"])
+                name = _utf8(str(record["name"]))
+                _once(classes, _id(record["id"]), name, path)
             elif key == "images":
-                size = int(float(record["height"])), int(float(record["width"]))
-                images[record["id"]] = os.path.normpath(place(record)), size
+                size = None
+                if record.get("height") and record.get("width"):
+                    size = int(float(record["height"])), int(float(record["width"]))
+                folder, file = place(record)
+                _once(images, _id(record["id"]), (folder, _as_path(_utf8(file)), size), path)
             elif key == "annotations":
-                reason = _unusable(record)
+                try:
+                    image = _id(record["image_id"])
+                    reason = _unusable(record)
+                except (AttributeError, LookupError, TypeError, ValueError):
+                    reason = "malformed"
                 if reason:
                     left_out[reason] += 1
                 else:
-                    places.setdefault(record["image_id"], array("q")).extend((offset, length))
+                    places.setdefault(image, array("q")).extend((offset, length))
 
-    files = lru_cache(None)(_files)
-    samples = []
-    lone = []
-    count = 0
+    records = []
     for image, annotations in places.items():
-        if image not in images:
-            left_out["of an unknown image"] += len(annotations) // 2
-            continue
-        file, size = images[image]
-        folder, name = os.path.split(file)
-        stem, _ = splitext(name)
-        there = files(folder).get(stem)  # by stem, because some sets' records err in the ending
-        if there:
-            read = partial(_read_annotations, classes, annotations)
-            samples.append(Sample(stem, there, path, read, size))
-            count += len(annotations) // 2
+        number = len(annotations) // 2
+        if image in images:
+            records.append((*images[image], number, partial(_read_annotations, classes, annotations)))
         else:
-            lone.append(f"{file}: no such image, but {path} has its masks")
+            left_out["of an unknown image"] += number
     left_out["images without masks"] = len(images.keys() - places.keys())
-    samples.sort(key=lambda sample: sample.name)
-    return Listing(samples, count, left_out, sorted(lone))
+    known = [file for _, file, _ in images.values()]
+    return _annotated(path, known, records, left_out)
 
 
 def _coco_splits(root, pattern, place):
     """What a reader returns of a set with COCO's folders; the pattern's `*` is the split.
 
-    place(split, image record): the image's folder, which is in root, beside it or in its neighbour coco/; its name.
+    place(split, image record): the images' folder, which is in root, beside it or in its neighbour coco/; the path in
+    it, which may begin with its name.
     """
     head, tail = pattern.split("*")
     paths = {}
@@ -1192,10 +1418,11 @@ def _coco_splits(root, pattern, place):
         return join(root, folder)
 
     def listing(split):
-        def path_of(image):
-            folder, name = map(_utf8, place(split, image))
-            return join(home(folder), name)
-        return _coco_listing(paths[split], path_of)
+        def place_of(image):
+            folder, file = place(split, image)
+            top = home(folder)
+            return dirname(top) if file.startswith(f"{folder}/") else top, file
+        return _coco_listing(paths[split], place_of)
 
     splits = sorted(split for split in paths if "_" not in split)  # without LVIS's image_info_test_dev
     return (splits, listing) if splits else None
@@ -1206,7 +1433,10 @@ def lvis(root):
     """lvis_v1_<split>.json, train2017/, val2017/ (in ROOT or in its neighbour coco/)"""
     def place(_, image):
         url = image.get("coco_url")  # version 1 has no file names; most images of its val split are from train2017
-        return url.rsplit("/", 2)[-2:] if url else ("val2017", image["file_name"][-16:])
+        if not url:
+            return "val2017", image["file_name"][-16:]
+        _, folder, file = url.rsplit("/", 2)
+        return folder, f"{folder}/{file}"
     return _coco_splits(root, "lvis_v1_*.json", place)
 
 
@@ -1214,7 +1444,7 @@ def lvis(root):
 def coco(root):
     """annotations/instances_<split>2017.json, train2017/, val2017/"""
     def place(split, image):
-        return f"{split}2017", image["file_name"]
+        return f"{split}2017", image.get("file_name") or image["coco_url"]
     return _coco_splits(root, "instances_*2017.json", place)
 
 
@@ -1234,7 +1464,7 @@ def lis(root):
     def listing(split):
         light = "RGB-normal" if split.startswith("normal") else "RGB-dark"
         images = join(dirname(folder), light)
-        return _coco_listing(paths[split], lambda image: join(images, _utf8(image["file_name"])))
+        return _coco_listing(paths[split], lambda image: (images, image["file_name"]))
 
     return (list(paths), listing) if paths else None
 
@@ -1281,6 +1511,11 @@ def load_dataset(root, split, kind="auto", strict=False):
         raise MissingError(f"{root} ({kind}): no split {split!r}{looked}; there are: {', '.join(splits)}")
 
     samples, masks, left_out, lone = listing(listed)
+    known = {}
+    for sample in samples:
+        other = known.setdefault(sample.name, sample)
+        if other is not sample:
+            raise DatasetError(f"{other.clear} and {sample.clear}: both are called {sample.name}; rename one")
     if divide:
         samples = [s for s in samples if (seed_of(s.name, "val") % 20 == 0) == (split == "val")]
         masks = None
@@ -1357,48 +1592,85 @@ def export_prompts(datasets, path, seed=0):
     save_text(head.removesuffix("}") + ', "sets": [\n' + ",\n".join(sets) + "]}\n", path)
 
 
+def _pin(dataset, path, entries):
+    """Gives each sample its entry of a prompts file. DatasetError if they do not belong together."""
+    for sample in dataset:
+        sample.pinned = entries.get(sample.name)
+    missing = [sample.name for sample in dataset if sample.pinned is None]
+    if missing:
+        raise DatasetError(f"{path}: does not fit the data: nothing for {len(missing):,} of {len(dataset):,} "
+                           f"samples of {dataset.root}, such as {missing[0]}")
+    for sample in spread(dataset, 20):  # the others are checked when they are used
+        try:
+            sample.prompts()
+        except PinnedError as error:
+            raise DatasetError(f"{path}: does not fit the data: {error}") from None
+        except SampleError:
+            continue  # whoever reads this sample will report it
+
+
 def pin_prompts(datasets, paths):
-    """Makes the datasets use the prompts in these files. DatasetError if a file is not for them."""
+    """Makes the datasets use the prompts in these files. DatasetError if none is for them.
+
+    Of several files for the same kind and split, such as those of two demos, each dataset takes the one that fits.
+    """
     sets = {}
-    for path in paths:
+    for path in dict.fromkeys(map(str, paths)):
         content = _load_json(path)
         with _reading(path, "a prompts file (data.py ROOT --export-prompts FILE writes one)"):
             if content["format"] != PROMPTS_FORMAT:
                 raise DatasetError(f"{path}: format {content['format']!r} is not {PROMPTS_FORMAT!r}")
             for entry in content["sets"]:
-                sets[entry["kind"], entry["split"]] = path, dict(entry["samples"])
+                sets.setdefault((entry["kind"], entry["split"]), []).append((path, dict(entry["samples"])))
 
     for dataset in datasets:
-        if (dataset.kind, dataset.split) not in sets:
+        candidates = sets.get((dataset.kind, dataset.split), ())
+        if not candidates:
             there = ", ".join(f"{kind} {split}" for kind, split in sets) or "nothing"
             raise DatasetError(f"{', '.join(map(str, paths))}: no prompts for {dataset.kind} {dataset.split}, but for "
                                f"{there}")
-        path, entries = sets[dataset.kind, dataset.split]
-        for sample in dataset:
-            sample.pinned = entries.get(sample.name)
-        missing = [sample.name for sample in dataset if sample.pinned is None]
-        if missing:
-            raise DatasetError(f"{path}: does not fit the data: nothing for {len(missing):,} of {len(dataset):,} "
-                               f"samples of {dataset.root}, such as {missing[0]}")
-        for sample in spread(dataset, 20):  # the others are checked when they are used
+        fitting = []
+        for candidate in candidates:
             try:
-                sample.prompts()
-            except PinnedError as error:
-                raise DatasetError(f"{path}: does not fit the data: {error}") from None
-            except SampleError:
-                continue  # whoever reads this sample will report it
+                _pin(dataset, *candidate)
+                fitting.append(candidate)
+            except DatasetError as error:
+                misfit = error
+        if not fitting:
+            raise misfit
+        if len(fitting) > 1:
+            raise DatasetError(f"{fitting[0][0]} and {fitting[1][0]}: both have prompts for {dataset.root}; name one")
+        _pin(dataset, *fitting[0])
 
 
 # ---------------------------------------------------------------- writing folders of degraded images
 
+def _start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: one voice
+    end_with_parent()
+
+
 def _parallel(work, jobs):
-    """work(job) for all jobs, on all cores, in any order."""
+    """work(job) for all jobs, on all cores, in any order. Whatever goes wrong, it waits for no worker, and none stays."""
     workers = min(os.cpu_count() or 1, len(jobs) // 8)
     if workers < 2:
         yield from map(work, jobs)
         return
-    with multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl-C: one voice
-        yield from pool.imap_unordered(work, jobs, chunksize=4)
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker)
+    try:
+        futures = [pool.submit(work, job) for job in jobs]
+        for future in as_completed(futures):
+            yield future.result()
+    except BaseException as error:
+        for child in multiprocessing.active_children():
+            if child not in others:
+                child.kill()
+        if isinstance(error, BrokenProcessPool):
+            raise DatasetError("a worker was killed, perhaps for lack of memory; run the same command again") from None
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _write_degraded(job):
@@ -1406,319 +1678,99 @@ def _write_degraded(job):
     sample, conditions = job
     try:
         image = read_image(sample.clear, sample.size)
+        for condition in conditions:
+            with explained(sample.clear, "cannot be degraded"):
+                jpeg = degraded_jpeg(image, condition, seed_of(sample.name, condition))
+            path = join(sample.folder, condition, f"{sample.name}.jpg")
+            os.makedirs(dirname(path), exist_ok=True)
+            save_bytes(jpeg, path)
     except SampleError as error:
         return len(conditions), str(error)
-    for condition in conditions:
-        jpeg = degraded_jpeg(image, condition, seed_of(sample.name, condition))
-        save_bytes(jpeg, join(sample.folder, condition, f"{sample.name}.jpg"))
     return len(conditions), None
+
+
+def _degraded_already(folder):
+    """The names of the samples whose degraded image is in this folder; what a killed run left is removed."""
+    names = set()
+    os.makedirs(folder, exist_ok=True)
+    for file in _below(folder):
+        name, ending = splitext(file)
+        if ending.startswith(".part"):
+            os.remove(join(folder, file))
+        else:
+            names.add(name)
+    return names
 
 
 def write_corruptions(dataset):
     """One folder per corruption (beside clear/, for other sets than Robust-Seg in ROOT/degraded/SPLIT), with the pixels
-    of Sample.image(condition). Existing files stay, so that an interrupted run can go on."""
+    of Sample.image(condition). Existing files stay, so that an interrupted run can go on. DatasetError if another
+    program writes them at the same time."""
     folder = dataset[0].folder
-    there = {}
-    for condition in CORRUPTIONS:
-        os.makedirs(join(folder, condition), exist_ok=True)
-        there[condition] = _files(join(folder, condition)).keys()
-    jobs = []
-    for sample in dataset:
-        conditions = [condition for condition in CORRUPTIONS if sample.name not in there[condition]]
-        if conditions:
-            jobs.append((sample, conditions))
+    with alone_in(folder):
+        there = {condition: _degraded_already(join(folder, condition)) for condition in CORRUPTIONS}
+        jobs = []
+        for sample in dataset:
+            conditions = [condition for condition in CORRUPTIONS if sample.name not in there[condition]]
+            if conditions:
+                jobs.append((sample, conditions))
 
-    progress = Progress(f"{dataset.split}: degraded images", sum(len(conditions) for _, conditions in jobs))
-    for count, line in _parallel(_write_degraded, jobs):
-        progress.update(count)
-        if line:
-            dataset.skip(SampleError(line))
-    progress.close()
-
-
-# ---------------------------------------------------------------- the demo's painter (may be skipped)
-# From here to the command line: how a scene of the synthetic dataset is drawn. No other part of this file needs it.
-# Shapes are lists of (outline, value): polygons in the unit disc, drawn in turn with value 1 (add) or 0 (cut out) at
-# four times the resolution. So unions, holes and exact edges need no geometry.
-
-def _turn(points, angle):
-    c, s = np.cos(angle), np.sin(angle)
-    return points @ np.array([[c, s], [-s, c]])
+        progress = Progress(f"{dataset.split}: degraded images", sum(len(conditions) for _, conditions in jobs))
+        try:
+            for count, line in _parallel(_write_degraded, jobs):
+                progress.update(count)
+                if line:
+                    dataset.skip(SampleError(line))
+        except BaseException:
+            for condition in CORRUPTIONS:
+                _degraded_already(join(folder, condition))
+            raise
+        progress.close()
 
 
-def _circle(angle):
-    """Points of the unit circle, n x 2, at the angles n x 1."""
-    return np.concatenate([np.cos(angle), np.sin(angle)], 1)
-
-
-def _outline(rng):
-    """A random outline in the unit disc, n x 2: polygon, star, or a blob whose radius is a short Fourier series."""
-    kind = rng.choice(["polygon", "star", "blob"], p=[0.35, 0.15, 0.5])
-    sides = rng.integers(3, 8)
-    rays = rng.integers(4, 8)
-    n = {"polygon": sides, "star": 2 * rays, "blob": 60}[kind]
-    angle = 2 * np.pi * np.arange(n)[:, None] / n
-
-    radius = np.ones((n, 1))
-    if kind == "polygon" and rng.random() < 0.6:
-        radius = rng.uniform(0.7, 1, (n, 1))
-    elif kind == "star":
-        radius[1::2] = rng.uniform(0.45, 0.65)
-    elif kind == "blob" and rng.random() < 0.75:  # else a disc
-        wave = np.arange(1, 6)
-        phase = rng.uniform(0, 6.3, 5)
-        amplitude = rng.normal(0, 0.4, (5, 1)) / wave[:, None]
-        radius = 1 + np.cos(angle * wave + phase) @ amplitude
-        radius = radius.clip(0.25) / radius.max()
-    squeeze = 1, rng.uniform(0.5, 1)
-    return radius * _circle(angle) * squeeze
-
-
-def _stroke(rng):
-    """A thick stroke: a chain of discs along a quadratic curve."""
-    disc = rng.uniform(0.18, 0.28) * _circle(np.arange(14)[:, None] * (2 * np.pi / 14))
-    bend = rng.uniform(-1.6, 1.6)
-    rise = rng.uniform(-0.4, 0.4)
-    a, b, c = np.array([(-0.75, 0), (0, bend), (0.75, rise)])
-    t = np.linspace(0, 1, 32)[:, None]
-    path = (1 - t) ** 2 * a + 2 * t * (1 - t) * b + t ** 2 * c
-    return [(disc + at, 1) for at in path]
-
-
-def _shape(rng):
-    """A random shape, list of (outline, value): one outline, two, one with a hole or a bite, or a thick stroke."""
-    kind = rng.choice(["one", "union", "hole", "bite", "stroke"], p=[0.5, 0.15, 0.1, 0.1, 0.15])
-    if kind == "stroke":
-        return _stroke(rng)
-    first = _outline(rng)
-    second = _outline(rng)
-    second = _turn(second, rng.uniform(0, 6.3))
-    if kind == "union":
-        return [(0.7 * first - (0.3, 0), 1), (0.6 * second + (0.4, 0), 1)]
-    if kind == "hole":
-        return [(first, 1), (0.4 * second, 0)]
-    if kind == "bite":
-        return [(first, 1), (0.5 * second + (0.9, 0), 0)]
-    return [(first, 1)]
-
-
-def _cover(outlines, shape):
-    """float32 HxW: the part of each pixel that the outlines (in pixels) cover, 0..1."""
-    height, width = shape
-    page = Image.new("L", (4 * width, 4 * height))
-    pen = ImageDraw.Draw(page)
-    for outline, value in outlines:
-        pen.polygon((outline * 4).ravel().tolist(), fill=255 * value)
-    return np.asarray(page.reduce(4), np.float32) / 255
-
-
-def _soften(field, radius):
-    """Gaussian blur of a float32 HxW field in 0..1."""
-    page = Image.fromarray((field * 255).astype(np.uint8))
-    page = page.filter(ImageFilter.GaussianBlur(float(radius)))
-    return np.asarray(page, np.float32) / 255
-
-
-def _blend(under, over, alpha):
-    return under + alpha[..., None] * (over - under)
-
-
-def _noise(rng, shape, coarsest=4):
-    """Fractal noise, float32 HxW in 0..1: random grids, enlarged smoothly, each finer and weaker than the last."""
-    noise = np.zeros(shape, np.float32)
-    strength = 1.0
-    n = coarsest
-    while n <= 32:
-        grid = Image.fromarray(rng.random((n, n), np.float32))
-        noise += strength * np.asarray(grid.resize(shape[::-1], Image.Resampling.BICUBIC))
-        strength *= rng.uniform(0.4, 0.7)
-        n *= 2
-    return (noise - noise.min()) / np.ptp(noise)
-
-
-def _colour(rng, vivid):
-    """A bright, saturated colour, or a dim, greyish one: float32 3 in 0..1."""
-    tint = rng.random(3)
-    value = rng.uniform(0.65, 1) if vivid else rng.uniform(0.15, 0.6)
-    saturation = rng.uniform(0, 0.5) + 0.5 * vivid
-    grey = (tint.max() - tint) / np.ptp(tint)
-    return (value * (1 - saturation * grey)).astype(np.float32)
-
-
-PATTERNS = ("stripes", "wood", "checks", "dots")
-
-
-def _pattern(rng, shape, kinds=PATTERNS):
-    """float32 HxW in 0..1: a pattern of one of these kinds."""
-    kind = rng.choice(kinds)
-    angle = rng.uniform(0, 6.3)
-    wave = 2 * np.pi / rng.uniform(5, 18)
-    sharp = rng.uniform(0.6, 4)
-    c, s = float(np.cos(angle)), float(np.sin(angle))
-    y, x = np.indices(shape, np.float32)
-    u = wave * (x * c + y * s)
-    v = wave * (y * c - x * s)
-
-    if kind == "flat":
-        return np.zeros_like(x)
-    if kind == "gradient":
-        return (u - u.min()) / np.ptp(u)
-    if kind == "noise":
-        return _noise(rng, shape, int(rng.choice([3, 6, 12])))
-    if kind == "stripes":
-        relief = np.sin(u)
-    elif kind == "wood":
-        relief = np.sin(u + 9 * _noise(rng, shape))
-    elif kind == "checks":
-        relief = 1.5 * np.sin(u) * np.sin(v)
-    else:
-        relief = np.cos(u) + np.cos(v) - 0.7
-    return (0.5 + sharp * relief).clip(0, 1)
-
-
-def _texture(rng, shape, colour, strength):
-    """float32 HxWx3: a pattern of `colour` and a colour up to `strength` away from it (RGB distance)."""
-    pattern = _pattern(rng, shape, ("flat", "gradient", "noise", *PATTERNS))
-    step = rng.normal(0, 1, 3)
-    step += 1.5 * rng.choice([-1, 1])  # mostly lighter or darker, a little of another hue
-    contrast = rng.uniform(0.3, 1) * strength * step / np.linalg.norm(step)
-    return colour + pattern[..., None] * contrast.astype(np.float32)
-
-
-def _background(rng, shape):
-    """float32 HxWx3: textures, and clutter with edges that close around nothing, so that an edge alone is no object."""
-    height, width = shape
-
-    def ground():
-        return _texture(rng, shape, _colour(rng, vivid=False), 0.25)
-
-    def bar(half):  # a straight bar across the image, 2 `half` pixels thick
-        outline = np.array([(-9, -1), (9, -1), (9, 1), (-9, 1)]) * (max(shape), half)
-        middle = rng.uniform(0.1, 0.9, 2) * (width, height)
-        outline = _turn(outline, rng.uniform(0, 6.3)) + middle
-        return _cover([(outline, 1)], shape)
-
-    canvas = ground()
-    if rng.random() < 0.5:  # a broad band of another ground, with sharp or soft borders
-        other = ground()
-        band = bar(rng.uniform(0.2, 1) * max(shape))
-        canvas = _blend(canvas, other, _soften(band, rng.choice([0, 3, 8])))
-    if rng.random() < 0.5:  # clouds of another texture, without a border
-        other = ground()
-        clouds = (_noise(rng, shape, 2) - 0.55) * 3
-        canvas = _blend(canvas, other, clouds.clip(0, rng.uniform(0.3, 0.7)))
-    for _ in range(rng.integers(0, 5)):  # lines from border to border
-        colour = _colour(rng, vivid=False)
-        line = bar(rng.uniform(0.3, 1.2))
-        canvas = _blend(canvas, colour, line * rng.uniform(0.3, 0.9))
-    return canvas.clip(0, 1)
-
-
-def _shadow(rng, cover, light):
-    """float32 HxW: the shadow of an object, moved away from the light."""
-    height, width = cover.shape
-    x = 6 - round(rng.uniform(2, 6) * light[0])
-    y = 6 - round(rng.uniform(2, 6) * light[1])
-    moved = np.pad(cover, 6)[y:, x:][:height, :width]
-    return _soften(moved, rng.uniform(1, 4))
-
-
-def _paint(rng, canvas, cover, light, patterned):
-    """The canvas with one more object: its shadow, its own texture, shading. `patterned`: see demo_scene."""
-    if rng.random() < 0.4:
-        shadow = _shadow(rng, cover, light)
-        canvas = canvas * (1 - rng.uniform(0.2, 0.5) * shadow)[..., None]
-
-    behind = (canvas * cover[..., None]).sum((0, 1)) / cover.sum()
-    contrast = rng.uniform(0.3, 0.8)
-    colour = _colour(rng, vivid=True)
-    while np.linalg.norm(colour - behind) < contrast:  # from subtle to obvious, never invisible
-        contrast *= 0.95
-        colour = _colour(rng, vivid=True)
-
-    skin = _texture(rng, cover.shape, colour, rng.uniform(0.1, 0.4))
-    if patterned and rng.random() < patterned:
-        second = _colour(rng, vivid=True)
-        skin = _blend(skin, second, _pattern(rng, cover.shape))
-
-    dome = _soften(cover, rng.uniform(1.5, 5))
-    down, right = np.gradient(dome)
-    relief = rng.uniform(0, 4) * (right * light[0] + down * light[1])
-    rim = rng.uniform(0, 0.3) * (1 - dome)
-    shade = 1 + relief - rim
-    return _blend(canvas, (skin * shade[..., None]).clip(0, 1), cover)
-
-
-def demo_scene(seed, size=128, patterned=0.5):
-    """A synthetic image: uint8 HxWx3, bool NxHxW (N >= 1); long side `size`. The same for the same seed.
-
-    Sharp, well lit and free of noise, vivid objects on dull grounds: a model that has seen nothing else learns to rely
-    on that, as any model does on what its images have in common, and is not robust before it is made so. `patterned`
-    is the chance that an object has a bold pattern of two colours. The tiny SAM has seen none (patterned=0), and may
-    take a stripe for the object: to it the demo is what LVIS is to SAM, a dataset with its own idea of an object.
-    Objects are painted back to front and a mask is what remains visible: masks never overlap, boxes do. An object that
-    is mostly hidden (less than 35 % or 250 pixels of 128 x 128 remain) stays in the image without a mask.
-    """
-    rng = np.random.default_rng(seed)
-    scale = size / 128
-    least = 250 * scale ** 2  # pixels
-    sides = size, int(size * rng.choice([0.75, 0.875, 1, 1]))
-    shape = height, width = sides if rng.random() < 0.5 else sides[::-1]
-    canvas = _background(rng, shape)
-    light = _turn(np.array([1.0, 0.0]), rng.uniform(0, 6.3)).tolist()
-
-    owner = np.full(shape, -1)  # the number of the object that is seen
-    areas = []
-    wanted = rng.integers(2, 5)
-    while len(areas) < wanted:
-        radius = scale * np.exp(rng.uniform(np.log(18), np.log(48)))
-        angle = rng.uniform(0, 6.3)
-        middle = rng.uniform(0.08, 0.92, 2) * (width, height)
-        outlines = [(_turn(outline, angle) * radius + middle, value) for outline, value in _shape(rng)]
-        cover = _cover(outlines, shape)
-        inside = cover > 0.5
-        if inside.sum() >= least:
-            canvas = _paint(rng, canvas, cover, light, patterned)
-            owner[inside] = len(areas)
-            areas.append(inside.sum())
-
-    image = (canvas * 255).clip(0, 255).round().astype(np.uint8)
-    masks = owner == np.arange(len(areas))[:, None, None]
-    enough = np.maximum(least, 0.35 * np.array(areas))
-    return image, masks[masks.sum((1, 2)) >= enough]
-
+# ---------------------------------------------------------------- the demo dataset
 
 def _write_scene(job):
     folder, name, *scene = job
     image, masks = demo_scene(*scene)
+    jpeg = io.BytesIO()
+    Image.fromarray(image).save(jpeg, "JPEG", quality=95)
+    planes = io.BytesIO()
+    np.save(planes, masks)
     os.makedirs(join(folder, "clear"), exist_ok=True)
     os.makedirs(join(folder, "masks"), exist_ok=True)
-    Image.fromarray(image).save(join(folder, "clear", f"{name}.jpg"), quality=95)
-    np.save(join(folder, "masks", f"{name}.npy"), masks)
+    save_bytes(jpeg.getvalue(), join(folder, "clear", f"{name}.jpg"))
+    save_bytes(planes.getvalue(), join(folder, "masks", f"{name}.npy"))
 
 
 def make_demo(root, train=2000, val=64, test=128, size=128, seed=0, patterned=0.5):
-    """Writes the synthetic dataset. It appears under `root` when it is complete, or not at all."""
+    """Writes the synthetic dataset. It appears under `root` when it is complete, or not at all. DatasetError."""
     root = os.path.abspath(root)
-    if exists(root) and not (isdir(root) and not os.listdir(root)):
-        raise DatasetError(f"{root}: exists and is not an empty folder; choose another name or remove it")
-    part = f"{root}.part{os.getpid()}"
+    part = f"{root}.part"
+    made = join(part, "demo")
     jobs = []
     for split, count in (("train", train), ("val", val), ("test", test)):
         # Seeds above 32 bits, so that no scene equals one that training draws on the fly from a 32-bit seed.
         first = seed_of("demo", seed, split) << 32
         for k in range(count):
-            jobs.append((join(part, split), f"{split}_{k:05d}", first + k, size, patterned))
-    try:
-        progress = Progress("demo scenes", len(jobs))
-        for _ in _parallel(_write_scene, jobs):
-            progress.update()
-        progress.close()
-        if isdir(root):
-            os.rmdir(root)
-        os.replace(part, root)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+            jobs.append((join(made, split), f"{split}_{k:05d}", first + k, size, patterned))
+
+    with alone_in(part):
+        try:
+            if exists(root) and not (isdir(root) and not os.listdir(root)):
+                raise DatasetError(f"{root}: exists and is not an empty folder; choose another name or remove it")
+            shutil.rmtree(made, ignore_errors=True)  # of a run that was killed
+            progress = Progress("demo scenes", len(jobs))
+            for _ in _parallel(_write_scene, jobs):
+                progress.update()
+            progress.close()
+            if isdir(root):
+                os.rmdir(root)
+            os.replace(made, root)
+        except OSError as error:
+            raise DatasetError(f"{root}: cannot make the demo ({_why(error)})") from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def make_missing_demo(root):
@@ -1729,83 +1781,6 @@ def make_missing_demo(root):
 
 
 # ---------------------------------------------------------------- command line
-
-def draw_prompts(image, masks, points, boxes):
-    """The image with its objects tinted, and their boxes and points: a Pillow image."""
-    names = ("red", "lime", "dodgerblue", "yellow", "magenta", "cyan", "orange", "white")
-    colours = [ImageColor.getrgb(names[k % len(names)]) for k in range(len(masks))]
-    tinted = image.copy()
-    for mask, colour in zip(masks, colours):
-        tinted[mask] = tinted[mask] // 2 + np.array(colour, np.uint8) // 2
-    page = Image.fromarray(tinted)
-    pen = ImageDraw.Draw(page)
-    for clicks, box, colour in zip(points, boxes, colours):
-        pen.rectangle(box.tolist(), outline=colour)
-        for x, y in clicks.tolist():
-            pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour, outline="white")
-    return page
-
-
-def contact_sheet(samples, path, tile=192, columns=8):
-    """Draws each sample twice: clear with masks and prompts, then degraded, each in the next of the 15 conditions."""
-    images = []
-    for k, sample in enumerate(samples):
-        masks = sample.masks()
-        corruption = CONDITIONS[1 + k % len(CORRUPTIONS)]
-        images.append(draw_prompts(sample.image(), masks, *sample.prompts(masks)))
-        images.append(Image.fromarray(sample.image(corruption)))
-    rows = -(-len(images) // columns)
-    page = Image.new("RGB", (columns * tile, rows * tile), "white")
-    for k, image in enumerate(images):
-        corner = k % columns * tile + 2, k // columns * tile + 2
-        page.paste(ImageOps.contain(image, (tile - 4, tile - 4)), corner)
-    save_png(page, path)
-
-
-def describe(dataset, most=200):
-    """Prints what a split holds, from at most `most` samples spread over it. Returns the good ones among them."""
-    good, sizes, counts, areas, left_out = [], [], [], [], Counter()
-    chosen = spread(dataset, most)
-    progress = Progress(f"{dataset.split}: reading", len(chosen))
-    for sample in chosen:
-        progress.update()
-        try:
-            masks = sample.masks()
-            image = sample.image()
-        except SampleError as error:
-            dataset.skip(error)
-            continue
-        finally:
-            left_out += sample.left_out
-        good.append(sample)
-        sizes.append(image.shape[:2])
-        counts.append(len(masks))
-        areas.extend(masks.mean((1, 2)))
-    progress.close()
-
-    print(dataset.summary())
-    for line in dataset.skipped[:20]:
-        print(f"  skipped: {line}")
-    if len(dataset.skipped) > 20:
-        print(f"  and {len(dataset.skipped) - 20:,} more")
-    if not good:
-        return good
-
-    h0, w0 = np.min(sizes, 0)
-    h1, w1 = np.max(sizes, 0)
-    left = f"; left out: {_account(left_out)}" if left_out else ""
-    print(f"  {len(good):,} of them read: height {h0} to {h1}, width {w0} to {w1}; {np.mean(counts):.1f} masks an "
-          f"image ({min(counts)} to {max(counts)}){left}")
-    tiny, small, medium, large = np.histogram(areas, [0, 1e-3, 1e-2, 1e-1, 1.1])[0] / len(areas)
-    print(f"  area of a mask: {tiny:.0%} below 0.1 % of the picture, {small:.0%} up to 1 %, {medium:.0%} up to 10 %, "
-          f"{large:.0%} above; median {np.median(areas):.1%}")
-    classes = Counter(label for sample in good for label in sample.labels if label)
-    if classes:
-        print("  classes: " + ", ".join(f"{name} {count:,}" for name, count in classes.most_common(12)))
-    ready = [corruption for corruption in CORRUPTIONS if corruption in good[0].ready]
-    print(f"  degraded images on disk: {', '.join(ready) or 'none, so they are made on the fly'}")
-    return good
-
 
 def parse_arguments(argv):
     """The command line."""
@@ -1830,6 +1805,8 @@ def parse_arguments(argv):
 
 def run(args):
     """What the command line asks for."""
+    from assets.sheets import contact_sheet, describe  # here, as they need this file
+
     root, kind = path_and_kind(args.root)
     if args.make_demo:
         make_demo(root, *args.scenes, patterned=args.patterned)
@@ -1845,10 +1822,15 @@ def run(args):
             continue
         if args.corrupt:
             write_corruptions(dataset)
+            bad = dataset.skipped
             dataset = load_dataset(root, split, kind, args.strict)
+            for line in bad:
+                dataset.skip(SampleError(line))
         good = describe(dataset, len(dataset) if args.check else 200)
         if args.sheet and not datasets:
-            contact_sheet(good[:20], args.sheet)
+            for error in contact_sheet(good[:20], args.sheet):
+                dataset.skip(error)
+                print(f"  not on the sheet: {error}")
         datasets.append(dataset)
 
     if not datasets:
@@ -1860,6 +1842,7 @@ def run(args):
 
 def main(argv=None):
     """Runs the command line; a user's mistake ends in one line and exit code 2."""
+    plain_output()
     args = parse_arguments(argv)
     try:
         run(args)
@@ -1872,4 +1855,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    from data import main as start  # this file under its own name, by which assets/ and workers know it
+
+    start()

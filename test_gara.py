@@ -17,14 +17,18 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import pathlib
 import pickle
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
 import zlib
 from collections import Counter
 
@@ -1476,9 +1480,6 @@ def mad(a, b):
     """Mean absolute difference."""
     return abs(a.astype(float) - b).mean()
 
-def mean_of(image):
-    return image.astype(float).mean()
-
 def test_registry():
     assert list(CORRUPTIONS) == list(RANGES)
     assert list(data.CONDITIONS) == ["clear", *RANGES]
@@ -1504,10 +1505,15 @@ def test_corruption_contract(name):
     np.random.seed(0)  # the global generator plays no part
     assert np.array_equal(out, corrupt(np.asfortranarray(image), name, seed=3))
     assert np.array_equal(out, corrupt(strided, name, seed=np.int64(3), strength=1))
-    different = 0
-    for seed in (4, 5, 6, 2 ** 70):
-        different += mad(out, corrupt(image, name, seed)) > 0
-    assert bool(different) == (name != "resampling_blur")  # the one without a draw
+
+@pytest.mark.parametrize("use", [
+    lambda seed: corrupt(scene(40, 52), "gauss_noise", seed),
+    lambda seed: data.prompts(np.ones((200, 200), bool), seed)[0],
+    lambda seed: data.demo_scene(seed, 32)[0],
+    lambda seed: np.array(data.seed_of(seed, "fog"))])
+def test_two_seeds_of_any_size_are_two_draws(use):
+    seeds = [0, 1, -1, 2 ** 32, 2 ** 32 + 1, -2 ** 32 - 1, 2 ** 70, 10 ** 30]
+    assert len({use(seed).tobytes() for seed in seeds}) == len(seeds)
 
 @pytest.mark.parametrize("name", ALL)
 def test_corruption_strength(name):
@@ -1522,16 +1528,11 @@ def test_corruption_strength(name):
     for seed, k in np.ndindex(change.shape):
         change[seed, k] = mad(corrupt(image, name, seed, steps[k]), image)
     mean = dict(zip(steps, change.mean(0)))
-    assert change[:, 0].max() <= 1.5
     assert mean[0.02] < 0.15 * mean[1] + 1
-    assert mean[1] > 0
-    assert mean[2] > 1.05 * mean[1]
+    assert mean[2] > 1.05 * mean[1] > 0
     slack = 0.02 * mean[1] + 0.02  # whole pixels (resampling) and whole qualities (JPEG) ripple
     assert np.diff(change.mean(0)).min() > -slack
-    assert np.diff(change, axis=1).min() > -2 * slack
-    benchmark = change[:, 5]
-    beyond = change[:, 6]
-    assert (beyond < 1.1 * benchmark + 0.1).all()  # no jump beyond 1
+    assert (change[:, 6] < 1.1 * change[:, 5] + 0.1).all()  # no jump beyond 1
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 200), (200, 16), (17, 23), (61, 45)])
 def test_corruptions_of_any_size(shape):
@@ -1550,7 +1551,6 @@ def test_corruptions_of_any_size(shape):
     ((np.zeros((20, 20, 4), np.uint8), "fog"), "(20, 20, 4)"),
     (("photo.jpg", "fog"), "str"),
     ((scene(15, 99), "fog"), "99x15"),
-    ((scene(), "fog", -1), "-1"),
     ((scene(), "fog", 1.5), "1.5"),
     ((scene(), "fog", 0, -0.1), "-0.1"),
     ((scene(), "fog", 0, 10.1), "10.1"),
@@ -1591,37 +1591,13 @@ def test_measured_ranges(name):
     ("contrast", 1.6, 1.7, lambda x, f: np.floor(np.clip((x - 128) * f + 128, 0, 255))),
 ])
 def test_tables_of_levels(name, low, high, curve):
-    """One factor for the whole image, uniform in its range; every level goes through the closed form."""
+    """One factor for the whole image; every level goes through the closed form."""
     levels = np.arange(256.0).reshape(16, 16, 1).repeat(3, 2)
     ramp = levels.astype(np.uint8)
-    factors = [draws(name, seed).uniform(low, high) for seed in range(40)]
+    factors = [draws(name, seed).uniform(low, high) for seed in range(9)]
     for seed, factor in enumerate(factors):
         assert np.array_equal(corrupt(ramp, name, seed), curve(levels, factor))
-    tenth = (high - low) / 10
-    assert min(factors) < low + 2 * tenth
-    assert max(factors) > high - 2 * tenth
     assert np.array_equal(corrupt(ramp, name, 0, 2), curve(levels, factors[0] ** 2))  # stops double
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("level", [60, 200])
-def test_night_by_its_physics(seed, level):
-    """On a flat image: exposure falls by known stops, and noise is that of counted photons."""
-    rng = draws("night", seed)
-    depth = rng.uniform(0.22, 0.7)
-    stops = rng.uniform(3, 4)
-    rng.uniform(size=2)  # warmth and JPEG's coarseness
-    lamp = 0.42 * rng.uniform(0.7, 1.1)  # green
-    clear = np.exp(-depth)
-    light = clear * (level / 255) ** 2 + (1 - clear) * lamp
-    photons = 400 * light * 2 ** -stops
-    noise = np.sqrt(photons + 4) / photons  # of the light, relative
-    expected = np.sqrt(light * 2 ** (-stops / 2))
-
-    out = corrupt(flat(level, 200, 200), "night", seed)[..., 1] / 255  # green, which the white balance spares
-    curved = expected * (1 - noise ** 2 / 8)  # the mean of a square root is less than the root of the mean
-    assert out.mean() == pytest.approx(curved - 0.5 / 255, rel=0.04)
-    assert out.std() < 1.1 * expected * noise / 2
-    assert out.std() > 0.3 * expected * noise / 2  # JPEG removes some
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("level", [60, 200])
@@ -1667,8 +1643,6 @@ def test_resampling_against_loops():
     out = corrupt(image, "resampling_blur")
     assert abs(out - expected).max() <= 1
     assert np.mean(out == expected) > 0.99
-    half = corrupt(image, "resampling_blur", strength=0.5)
-    assert abs(half - (image + expected) / 2).max() <= 1
 
 def test_warp_against_loops():
     """The flat gather from a padded image is bilinear interpolation at moved positions, mirrored at the borders."""
@@ -1692,24 +1666,6 @@ def test_correlate_against_loops():
         window = mirrored[:, y:y + 3, x:x + 5]
         assert out[:, y, x] == pytest.approx((window * kernel).sum((1, 2)), rel=1e-5)
 
-def test_hue_there_and_back():
-    rgb = corruptions.to_planes(scene(40, 40))
-    hue, low, high = corruptions.split_hue(rgb)
-    assert abs(corruptions.join_hue(hue, low, high) - rgb).max() < 1e-3
-    turned = corruptions.join_hue(hue + 2, low, high)  # a third of a turn: red becomes green
-    assert abs(turned - rgb[[2, 0, 1]]).max() < 1e-3
-
-def test_between_in_place():
-    a, b, t = np.random.default_rng(0).random((3, 20, 20), dtype=np.float32)
-    expected = a + t * (b - a)
-    assert np.array_equal(corruptions.between(a, b, t), expected)
-
-def test_levels_through_a_table():
-    image = scene(30, 40)
-    curve = np.linspace(-20, 300, 256)
-    mapped = corruptions.through_table(image, curve)
-    assert np.array_equal(mapped, corruptions.truncate(curve)[image])
-
 @pytest.mark.parametrize("strength, reach", [(1, 3), (2, 6)])
 def test_glass_gathers_within_three_pixels(strength, reach):
     """Give each pixel its own colour: then the output tells where it was read, evenly over the 7x7 neighbours."""
@@ -1724,24 +1680,11 @@ def test_glass_gathers_within_three_pixels(strength, reach):
     assert np.array_equal(out[..., 2], source % 7)  # channels move together
     dy = source // W - np.arange(H)[:, None]
     dx = source % W - np.arange(W)
-    assert abs(dy).max() == reach
-    assert abs(dx).max() == reach
     inner = np.s_[6:-6, 6:-6]
     counts, _, _ = np.histogram2d(dy[inner].ravel(), dx[inner].ravel(), bins=2 * reach + 1)
     expected = counts.mean()
     chi_squared = ((counts - expected) ** 2 / expected).sum()
     assert chi_squared < 1.5 * counts.size
-
-def test_gauss_noise_statistics():
-    grey = flat(128, 150, 150)
-    noisy = np.stack([corrupt(grey, "gauss_noise", seed) for seed in range(6)])
-    residual = noisy - 128.0
-    assert residual.std() == pytest.approx(15.97, rel=0.01)
-    assert residual.mean() == pytest.approx(-0.5, abs=0.1)
-    correlation = np.corrcoef(residual.reshape(-1, 3).T)
-    assert abs(correlation - np.eye(3)).max() < 0.02
-    half = corrupt(grey, "gauss_noise", 0, 0.5)
-    assert half.std() == pytest.approx(8, rel=0.03)
 
 def test_iso_noise_destroys_hue_and_spares_grey():
     assert np.array_equal(corrupt(flat(90), "ISO_noise"), flat(90))  # no contrast, no colour: no noise
@@ -1780,8 +1723,6 @@ def test_motion_blur_of_a_point_is_one_straight_line():
         assert across / np.sqrt(n) < 0.5  # no tap off the line
         lengths.append(n)
         shifts.append(np.hypot(ys.mean() - 37, xs.mean() - 37))
-    assert min(lengths) >= 2
-    assert max(lengths) <= 35
     assert np.median(lengths) == pytest.approx(8, abs=2)
     assert np.mean(shifts) == pytest.approx(4.93, abs=0.8)
 
@@ -1811,8 +1752,7 @@ def test_elastic_displacement():
     uniform = 100 * np.sqrt(1 / 3)
     blurred = uniform / (20 * np.sqrt(np.pi))  # 1.63 px
     assert np.mean(local) == pytest.approx(blurred, rel=0.15)
-    assert np.mean(total) > 1.5
-    assert np.mean(total) < 6
+    assert 1.5 < np.mean(total) < 6
 
 @pytest.mark.parametrize("name, most", [("snow", 255), ("rain", 240)])
 def test_snow_and_rain_whiten_every_channel_alike(name, most):
@@ -1820,97 +1760,63 @@ def test_snow_and_rain_whiten_every_channel_alike(name, most):
     out = np.stack([corrupt(black, name, seed) for seed in range(8)]).astype(int)
     half = np.stack([corrupt(black, name, seed, 0.5) for seed in range(8)])
     assert np.ptp(out, axis=-1).max() == 0
-    assert out.max() > 60
-    assert out.max() <= most
-    assert half.mean() / out.mean() == pytest.approx(0.5, abs=0.2)
+    assert 60 < out.max() <= most
     assert (half <= out + 3).mean() > 0.85  # fewer of the same specks
 
 def test_fog_is_optical_depth_and_drawn_per_image():
-    black = mean_of(corrupt(flat(0), "fog", 4))
-    white = mean_of(corrupt(flat(255), "fog", 4))
-    once = mean_of(corrupt(flat(60), "fog", 4))
-    twice = mean_of(corrupt(flat(60), "fog", 4, 2))
+    black = corrupt(flat(0), "fog", 4).mean()
+    white = corrupt(flat(255), "fog", 4).mean()
+    once = corrupt(flat(60), "fog", 4).mean()
+    twice = corrupt(flat(60), "fog", 4, 2).mean()
     clear = (white - black) / 255  # share of the scene that shines through
     cloud = black / (1 - clear)
     assert clear == pytest.approx(0.37, abs=0.09)
     assert cloud == pytest.approx(230, abs=15)
     assert once == pytest.approx(black + 60 * clear, abs=1.5)
     assert twice == pytest.approx(cloud + clear ** 2 * (60 - cloud), abs=3)
-    one = corrupt(flat(60), "fog", 4)
-    other = corrupt(flat(60), "fog", 5)
-    assert mad(one, other) > 2
+    assert mad(corrupt(flat(60), "fog", 4), corrupt(flat(60), "fog", 5)) > 2
 
 def test_color_jitter_is_a_function_of_colour():
     """Whatever the order of its steps: equal pixels stay equal, and white and black keep their rank."""
     image = scene(40, 40)
-    image[0, 0] = 255
-    image[0, 1] = 0
+    image[0, :2] = [[255], [0]]
     image[20:22, 5] = image[3, 3]
-    means = []
     for seed in range(60):
         out = corrupt(image, "color_jitter", seed).astype(int)
         assert (out[0, 0] >= out[0, 1]).all()
         assert (out[20:22, 5] == out[3, 3]).all()
-        means.append(out.mean() / image.mean())
-    assert np.mean(means) == pytest.approx(1, abs=0.15)
-    assert np.std(means) == pytest.approx(0.325, abs=0.125)
 
-def run_file(module, *arguments):
-    command = [sys.executable, module.__file__, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+def sheet_of(monkeypatch, *arguments):
+    """Exit code of corruptions.py."""
+    monkeypatch.setattr(sys, "argv", ["corruptions.py", *map(str, arguments)])
+    return run_cli(lambda _: corruptions.main())
 
-def test_corruption_sheet(tmp_path):
+def test_corruption_sheet(tmp_path, monkeypatch):
     photo = tmp_path / "photo.jpg"
-    sheet = tmp_path / "sheet.png"
     exif = Image.Exif()
     exif[274] = 6  # lying on its side
     Image.fromarray(scene(90, 120)).save(photo, exif=exif)
-    done = run_file(corruptions, photo, "--out", sheet, "--size", 96)
-    assert done.returncode == 0, done.stderr
-    with Image.open(sheet) as image:
-        assert image.mode == "RGB"
+    assert sheet_of(monkeypatch, photo, "--out", tmp_path / "sheet.png", "--size", 96) is None
+    with Image.open(tmp_path / "sheet.png") as image:
         assert image.height > 4 * 96
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["photo.jpg", "sheet.png"]
+    assert sorted(os.listdir(tmp_path)) == ["photo.jpg", "sheet.png"]
 
-def test_corruption_sheet_refuses(tmp_path, monkeypatch, capsys):
-    photo = tmp_path / "photo.jpg"
-    out = tmp_path / "x.png"
-    Image.fromarray(scene(90, 120)).save(photo)
-    mistakes = [
-        [tmp_path / "none.jpg", "--out", out],
-        [corruptions.__file__, "--out", out],
-        [photo, "--out", tmp_path / "no" / "sheet.png"],
-        [photo, "--out", tmp_path / "sheet.what"],
-        [photo, "--out", out, "--strength", "nan"],
-        [photo, "--out", out, "--size", 31],
-    ]
-    for arguments in mistakes:
-        monkeypatch.setattr(sys, "argv", ["corruptions.py", *map(str, arguments)])
-        assert run_cli(lambda _: corruptions.main()) == 2
-        message = capsys.readouterr().err
-        assert message.startswith("corruptions.py: ")
-        assert message.count("\n") == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["photo.jpg"]
-
-@pytest.mark.parametrize("count, columns, lines", [
-    (1, 2, 1),
-    (4, 3, 2),
-    (15, 4, 4),
-    (16, 5, 4),
-])
-def test_corruption_sheet_of_any_number(monkeypatch, count, columns, lines):
-    names = [f"c{k}" for k in range(count)]
-    monkeypatch.setattr(corruptions, "CORRUPTIONS", dict.fromkeys(names, lambda image, rng, strength: image))
-    sheet = corruptions.contact_sheet(flat(200, 64, 64), size=64)
-    cell_w = sheet.width // columns
-    cell_h = sheet.height // lines
-    filled = 0
-    for y, x in np.ndindex(lines, columns):
-        at = x * cell_w + cell_w // 2, y * cell_h + cell_h // 3
-        filled += sheet.getpixel(at) == (200, 200, 200)
-    assert sheet.width == columns * cell_w
-    assert sheet.height == lines * cell_h
-    assert filled == 1 + count
+@pytest.mark.parametrize("mistake", [
+    "none.jpg --out x.png",
+    "words.jpg --out x.png",
+    "photo.jpg --out no/sheet.png",
+    "photo.jpg --out sheet.what",
+    "photo.jpg --out x.png --strength nan",
+    "photo.jpg --out x.png --size 31"])
+def test_mistakes_on_the_command_line_of_corruptions(tmp_path, monkeypatch, capsys, mistake):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "words.jpg", "no image")
+    Image.fromarray(scene(90, 120)).save("photo.jpg")
+    assert sheet_of(monkeypatch, *mistake.split()) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("corruptions.py: ")
+    assert message.count("\n") == 1
+    assert sorted(os.listdir()) == ["photo.jpg", "words.jpg"]
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
@@ -1947,16 +1853,21 @@ def put_split(root, images, split="test"):
         put(root / split / "masks" / f"{stem}.npy", masks)
     return root
 
+def one_sample(root, image=None, masks=None):
+    """The sample of a split of one."""
+    image = smooth() if image is None else image
+    masks = squares() if masks is None else masks
+    return data.load_dataset(put_split(root, {"a": (image, masks)}), "test")[0]
+
 def names_of(dataset):
     return [sample.name for sample in dataset]
 
 def test_prompts_lie_in_the_mask_and_the_box_is_tight():
     rng = np.random.default_rng(0)
-    for seed in range(200):
+    for seed in range(100):
         mask = rng.random((rng.integers(1, 20), rng.integers(1, 20))) < rng.choice([0.05, 0.5, 1])
         mask[0, 0] = True
         points, box = data.prompts(mask, seed)
-        assert points.shape == (3, 2)
         assert points.dtype == box.dtype == np.float32
         x, y = points.T.astype(int)
         assert mask[y, x].all()
@@ -1981,32 +1892,22 @@ def test_points_are_spread_evenly():
     assert np.abs(counts[2:8] - 1000).max() < 120
 
 def test_sample_prompts_depend_on_names_and_not_on_order_or_company(tmp_path):
-    masks = squares(count=3)
-    with_gap = np.insert(masks, 1, False, axis=0)  # plane 1 is empty
+    with_gap = np.insert(squares(count=3), 1, False, axis=0)  # plane 1 is empty
     one = data.load_dataset(put_split(tmp_path / "one", {"b": (smooth(), with_gap)}), "test")
-    two = data.load_dataset(put_split(tmp_path / "two", {"a": (smooth(), masks), "b": (smooth(), with_gap)}), "test")
-    assert names_of(two) == ["a", "b"]
-    sample, other = one[0], two[-1]
-    assert sample.indices == other.indices == (0, 2, 3)
+    two = data.load_dataset(put_split(tmp_path / "two", {n: (smooth(), with_gap) for n in "cba"}), "test")
+    assert names_of(two) == ["a", "b", "c"]
+    sample, other = one[0], two[1]
+    assert sample.indices == (0, 2, 3)
     points, boxes = sample.prompts()
     assert np.array_equal(other.prompts()[0], points)
     assert np.array_equal(other.prompts(other.masks())[1], boxes)
     for mask, index, expected in zip(sample.masks(), sample.indices, points, strict=True):
         assert np.array_equal(data.prompts(mask, data.seed_of("b", index, 0))[0], expected)
 
-def test_datasets_travel_to_workers(tmp_path):
-    dataset = data.load_dataset(put_split(tmp_path, {"a": (smooth(), squares())}), "test")
-    sent = pickle.dumps(dataset)
-    assert len(sent) < 2000  # paths, no pixels
-    assert np.array_equal(pickle.loads(sent)[0].image("fog"), dataset[0].image("fog"))
-
 def test_degraded_pixels_are_the_same_on_the_fly_and_from_the_folder(tmp_path):
     root = put_split(tmp_path, {f"{k:02}": (smooth(seed=k), squares()) for k in range(16)})  # enough for two processes
     sample = data.load_dataset(root, "test")[1]
     fly = {condition: sample.image(condition) for condition in data.CONDITIONS}
-    assert list(fly) == ["clear", *CORRUPTIONS]
-    assert len(fly) == 16
-    assert not np.array_equal(sample.image("fog", seed=1), sample.image("fog", seed=2))
     assert np.array_equal(data.degrade(sample.image(), "snow", data.seed_of("01", "snow")), fly["snow"])
     assert run_cli(data.main, root, "--corrupt", "--split", "test") is None
     for condition in CORRUPTIONS:
@@ -2014,21 +1915,29 @@ def test_degraded_pixels_are_the_same_on_the_fly_and_from_the_folder(tmp_path):
         assert sorted(os.listdir(folder)) == [f"{k:02}.jpg" for k in range(16)]
         assert np.array_equal(data.read_image(folder / "01.jpg"), fly[condition])
 
-def test_degraded_images_on_the_disk_are_used_and_kept(tmp_path):
-    root = put_split(tmp_path, {"a": (smooth(), squares())})
-    folder = tmp_path / "test"
-    put(folder / "fog" / "a.png", smooth(seed=9))  # made by hand
-    put(folder / "snow" / "a.jpg", smooth(seed=8))
-    before = os.stat(folder / "snow" / "a.jpg").st_mtime_ns
-    assert run_cli(data.main, root, "--corrupt") is None
-    assert os.stat(folder / "snow" / "a.jpg").st_mtime_ns == before
-    assert os.listdir(folder / "fog") == ["a.png"]
-    assert os.listdir(folder / "rain") == ["a.jpg"]
-    sample = data.load_dataset(root, "test")[0]
-    assert np.array_equal(sample.image("fog", seed=3), smooth(seed=9))
-    put(folder / "fog" / "a.png", smooth(20, 20))
-    with refused("20 x 20", "32 x 24", kind=data.SampleError):
-        sample.image("fog")
+def test_degraded_images_on_the_disk_are_used_and_kept_unless_drawn_anew(tmp_path):
+    fly = one_sample(tmp_path).image("fog", seed=1)
+    put(tmp_path / "test" / "fog" / "a.png", smooth(seed=9))  # made by hand
+    put(tmp_path / "test" / "fog" / "a.jpg.part7", b"cut")  # by a run that was killed
+    assert run_cli(data.main, tmp_path, "--corrupt") is None
+    assert os.listdir(tmp_path / "test" / "fog") == ["a.png"]
+    assert os.listdir(tmp_path / "test" / "rain") == ["a.jpg"]
+    sample = data.load_dataset(tmp_path, "test")[0]
+    assert np.array_equal(sample.image("fog", seed=1), smooth(seed=9))
+    put(tmp_path / "test" / "fog" / "a.png", b"damaged")
+    assert np.array_equal(sample.image("fog", seed=1, stored=False), fly)
+    assert not np.array_equal(sample.image("fog", seed=2, stored=False), fly)
+
+@pytest.mark.parametrize("files, words", [
+    ({"a.png": smooth(20, 20)}, "a.png: is 20 x 20 pixels (width x height), but"),
+    ({"a.png": b"damaged"}, "a.png: cannot read this image"),
+    ({"a.png": smooth(), "a.TIF": smooth()}, "a.png and ")])
+def test_degraded_images_that_cannot_be_used(tmp_path, files, words):
+    one_sample(tmp_path)
+    for file, image in files.items():
+        put(tmp_path / "test" / "fog" / file, image)
+    with refused(words, kind=data.SampleError):
+        data.load_dataset(tmp_path, "test")[0].image("fog")
 
 def bad_files(folder):
     """{name: (image, masks)}, each bad in one of the two."""
@@ -2054,42 +1963,53 @@ def bad_files(folder):
 
 def test_bad_samples_are_named_skipped_and_counted(tmp_path, capsys):
     bad = bad_files(tmp_path / "files")
+    bad |= {"small": (smooth(10, 300), np.ones((1, 10, 300), bool)), "pixel": (smooth(1, 1), np.ones((1, 1, 1), bool))}
     lone = {"lone_image": (smooth(), None), "lone_mask": (None, squares())}
     root = put_split(tmp_path / "set", {"good": (smooth(), squares()), **bad, **lone})
     dataset = data.load_dataset(root, "test")
     assert names_of(dataset) == sorted(["good", *bad])
-    assert len(dataset.skipped) == 2
-    assert "lone_image.jpg: has no mask file" in dataset.skipped[0]
-    assert "lone_mask.npy: has no image" in dataset.skipped[1]
+    lines = [line.split("/")[-1] for line in dataset.skipped]
+    assert lines == ["lone_image.jpg: has no mask file", "lone_mask.npy: has no image"]
 
     errors = {}
     for sample in dataset:
         try:
-            sample.image(), sample.masks()
+            sample.image("fog"), sample.masks()
         except data.SampleError as error:
             errors[sample.name] = error
     assert sorted(errors) == sorted(bad)
     for name, error in errors.items():
-        line = str(error)
-        assert f"{name}." in line
-        assert "\n" not in line
-        assert str(pickle.loads(pickle.dumps(error))) == line
+        assert re.search(rf"{name}\.[^\n]*$", str(error))
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
         assert dataset.skip(error)
         assert not dataset.skip(error)  # each is counted once
-    assert "24 x 32 pixels (width x height)" in str(errors["turned"])
-    assert "14 images; 15 files skipped" in dataset.summary()
+    assert "16 images; 17 files skipped" in dataset.summary()
+    for option in ("--check", "--corrupt", f"--sheet={tmp_path / 's.png'}", f"--export-prompts={tmp_path / 'p.json'}"):
+        assert run_cli(data.main, root, option) is None
+        assert capsys.readouterr().out.count("skipped: ") == 17
+    assert "small.jpg" not in os.listdir(root / "test" / "fog")
 
-    with refused("lone_image", kind=data.SampleError):
-        data.load_dataset(root, "test", strict=True)
-    assert run_cli(data.main, root, "--check", "--corrupt") is None
-    assert capsys.readouterr().out.count("skipped: ") == 15
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("two\nlines"), AttributeError("x")])
+def test_whatever_one_sample_raises_is_its_own_error(tmp_path, monkeypatch, error):
+    def broken(*_):
+        raise error
+
+    sample = one_sample(tmp_path)
+    for name, use in (("corrupt", lambda: sample.image("fog")), ("read_planes", sample.masks),
+                      ("_eight_bits", sample.image)):
+        with monkeypatch.context() as patch, refused("a.", kind=data.SampleError):
+            patch.setattr(data, name, broken)
+            use()
 
 def test_strict_datasets_raise_what_they_would_skip(tmp_path):
-    void = np.zeros((2, 24, 32), bool)  # what is inside the files shows only on reading
-    strict = data.load_dataset(put_split(tmp_path, {"void": (smooth(), void)}), "test", strict=True)
+    one_sample(tmp_path)
+    strict = data.load_dataset(tmp_path, "test", strict=True)
     for dataset in (strict, data.Union([strict, strict])):
         with refused("some file", kind=data.SampleError):
             dataset.skip(data.SampleError("some file"))
+    put(tmp_path / "test" / "clear" / "lone_image.jpg", smooth())
+    with refused("lone_image", kind=data.SampleError):
+        data.load_dataset(tmp_path, "test", strict=True)
 
 @pytest.mark.parametrize("dtype, masks, expected", [
     ("uint8", [[0, 1], [1, 0]], [[0, 1], [1, 0]]),
@@ -2100,75 +2020,156 @@ def test_strict_datasets_raise_what_they_would_skip(tmp_path):
 def test_mask_files_of_every_number_type(tmp_path, dtype, masks, expected):
     put(tmp_path / "m.npy", np.array(masks, dtype))
     planes = data.read_planes(tmp_path / "m.npy")
-    assert type(planes) is np.ndarray
     assert planes.dtype == bool
     assert planes.tolist() == np.array([expected], bool).tolist()
 
-def test_every_mode_of_image_becomes_rgb(tmp_path):
-    rgb = smooth(20, 30)
-    grey = rgb[..., 0]
-    three = np.stack([grey] * 3, 2)
-    palette = Image.fromarray(rgb).quantize(64)
-    files = {
-        "grey": (Image.fromarray(grey), three),
-        "deep": (Image.fromarray(grey.astype(np.uint16) * 257), three),
-        "alpha": (Image.fromarray(np.dstack([rgb, 255 - grey])), rgb),
-        "palette": (palette, np.array(palette.convert("RGB")))}
-    for name, (file, expected) in files.items():
-        file.save(tmp_path / f"{name}.png")
-        image = data.read_image(tmp_path / f"{name}.png")
-        assert np.array_equal(image, expected), name
-        assert image.dtype == np.uint8
-        assert image.flags.writeable
-    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
-    assert np.abs(data.read_image(tmp_path / "cmyk.jpg") - rgb.astype(float)).mean() < 6
+# Images.
 
+GREY = smooth(20, 30)[..., 0]
+GREY.flat[:2] = 0, 255
+
+@pytest.mark.parametrize("mode, endings", [
+    ("1", "png tif bmp ppm"),
+    ("L", "png tif bmp ppm jp2"),
+    ("LA", "png tif jp2"),
+    ("P", "png tif bmp gif"),
+    ("PA", "tif"),
+    ("RGBA", "png tif bmp jp2"),
+    ("CMYK", "tif jp2"),
+    ("YCbCr", "tif jp2"),
+    ("LAB", "tif")])
+@pytest.mark.filterwarnings("error")
+def test_every_mode_of_image_becomes_rgb(tmp_path, mode, endings):
+    original = Image.fromarray(smooth(20, 30))
+    original = Image.new("LAB", (30, 20), (128, 148, 158)) if mode == "LAB" else original.convert(mode)
+    for ending in endings.split():
+        original.save(tmp_path / f"x.{ending}")
+        image = data.read_image(tmp_path / f"x.{ending}")
+        assert np.array_equal(image, np.array(original.convert("RGB"))), ending
+        assert image.flags.writeable
+
+def test_transparent_colours_keep_their_colour(tmp_path):
+    palette = Image.fromarray(smooth(20, 30)).quantize(16)
+    for transparency in (3, bytes(range(16))):
+        palette.save(tmp_path / "x.png", transparency=transparency)
+        assert np.array_equal(data.read_image(tmp_path / "x.png"), np.array(palette.convert("RGB")))
+
+def test_levels_multiplied_by_alpha_are_divided_by_it():
+    image = Image.new("RGBA", (3, 2), (200, 100, 50, 128)).convert("RGBa")
+    image.filename = "x"
+    assert np.abs(np.array(data._eight_bits(image).convert("RGB")) - np.array([200, 100, 50.0])).max() < 2
+
+def test_of_several_frames_the_first_counts(tmp_path):
+    frames = [Image.fromarray(smooth(20, 30, seed)) for seed in range(3)]
+    for name, options in (("x.webp", dict(lossless=True)), ("x.png", {})):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+        assert np.array_equal(data.read_image(tmp_path / name), smooth(20, 30))
+
+def png_of_colours(path, levels):
+    """Writes uint16 HxWx3 as a PNG, which Pillow cannot."""
+    height, width, _ = levels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        check = zlib.crc32(kind + body).to_bytes(4, "big")
+        content += len(body).to_bytes(4, "big") + kind + body + check
+    path.write_bytes(content)
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_images_of_more_than_8_bits(tmp_path, bits):
+    """By their largest level; what their file states goes first."""
+    levels = GREY.astype(np.uint16) << (bits - 8)
+    levels[0, 1] = (1 << bits) - 1
+    grey = Image.fromarray(levels)
+    grey.save(tmp_path / "grey.png")
+    grey.save(tmp_path / "grey.tif")
+    grey.convert("I").save(tmp_path / "long.tif")
+    grey.convert("I").convert("I;16B").save(tmp_path / "big_endian.tif")
+    for path in tmp_path.iterdir():
+        assert np.array_equal(data.read_image(path), np.dstack([GREY] * 3)), path.name
+    Image.fromarray(GREY.astype(np.uint16)).save(tmp_path / "dark.tif", tiffinfo={281: (1 << bits) - 1})
+    assert np.array_equal(data.read_image(tmp_path / "dark.tif")[..., 0], GREY >> (bits - 8))
+
+def test_colours_of_16_bits(tmp_path):
+    image = smooth(20, 30).astype(np.uint16)
+    png_of_colours(tmp_path / "full.png", image * 257)
+    png_of_colours(tmp_path / "part.png", image * 16)
+    assert np.array_equal(data.read_image(tmp_path / "full.png"), image)
+    with refused("part.png", "16 bits", kind=data.SampleError):
+        data.read_image(tmp_path / "part.png")
+
+@pytest.mark.parametrize("levels, words", [
+    (np.linspace(0, 1, 600, dtype=np.float32), "floating-point"),
+    (np.arange(600, dtype=np.int32) - 1, "-1 to 598"),
+    (np.arange(600, dtype=np.int32) * 1000, "0 to 599000")])
+def test_images_of_unknown_range_are_refused(tmp_path, levels, words):
+    Image.fromarray(levels.reshape(20, 30)).save(tmp_path / "x.tif")
+    with refused("x.tif", words, kind=data.SampleError):
+        data.read_image(tmp_path / "x.tif")
+
+def test_masks_of_16_bits(tmp_path):
+    for name, top in (("1", 1), ("255", 255), ("65535", 65535)):
+        put(tmp_path / f"{name}.jpg", smooth())
+        put(tmp_path / f"{name}.png", squares()[0].astype(np.uint16) * top)
+    for sample in data.load_dataset(tmp_path, "all"):
+        assert np.array_equal(sample.masks(), squares())
+
+@pytest.mark.parametrize("read", [data.read_image, data.image_size])
+def test_images_too_large_for_the_memory(tmp_path, monkeypatch, read):
+    put(tmp_path / "x.png", smooth(20, 30))
+    for most in (400, 200):  # Pillow warns, or raises
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+        with refused("x.png", "600 pixels", kind=data.SampleError):
+            read(tmp_path / "x.png")
+
+@pytest.mark.parametrize("file, options", [
+    ("x.png", {}),
+    ("x.webp", dict(lossless=True)),
+    ("x.tif", {}),
+    ("x.tif", dict(compression="tiff_lzw"))])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_upright_or_as_their_annotation_has_them(tmp_path, orientation):
+def test_images_are_upright_or_as_their_annotation_has_them(tmp_path, orientation, file, options):
     rgb = smooth(20, 30)
     clockwise, counterclockwise = np.rot90(rgb, -1), np.rot90(rgb)
     upright = {1: rgb, 2: rgb[:, ::-1], 3: rgb[::-1, ::-1], 4: rgb[::-1], 5: clockwise[:, ::-1], 6: clockwise,
                7: counterclockwise[:, ::-1], 8: counterclockwise}[orientation]
-    path = tmp_path / "turned.png"
+    path = tmp_path / file
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(rgb).save(path, exif=exif)
+    Image.fromarray(rgb).save(path, exif=exif, **options)
     size = upright.shape[:2]
-    assert np.array_equal(data.read_image(path), upright)
-    assert data.image_size(path) == size
-    assert np.array_equal(data.read_image(path, (20, 30)), rgb)
-    assert data.image_size(path, (20, 30)) == (20, 30)
+    cases = [(None, upright), ((20, 30), rgb)]
     if orientation > 4:
-        assert np.array_equal(data.read_image(path, (30, 20)), upright)
-        assert data.image_size(path, (30, 20)) == (30, 20)
-    for read in (data.read_image, data.image_size):
-        with refused("turned.png: is ", f"{size[1]} x {size[0]}", "31 x 20", kind=data.SampleError):
-            read(path, (20, 31))
+        cases.append(((30, 20), upright))
+    for annotated, expected in cases:
+        assert np.array_equal(data.read_image(path, annotated), expected)
+        assert data.image_size(path, annotated) == expected.shape[:2]
+    with refused(f"{file}: is ", f"{size[1]} x {size[0]}", "31 x 20", kind=data.SampleError):
+        data.read_image(path, (20, 31))
 
-def test_image_files_are_found_by_any_ending_and_hidden_ones_left_out(tmp_path):
+@pytest.mark.parametrize("ending", [".PNG", ".jpeg", ".Tif", ".tiff", ".bmp", ".WEBP"])
+def test_image_files_are_found_by_any_ending_and_hidden_ones_left_out(tmp_path, ending):
     put_split(tmp_path, {"a": (None, squares()[0]), "._a": (b"", None)})  # the second: what macOS leaves beside them
-    put(tmp_path / "test" / "clear" / "a.PNG", smooth())
+    put(tmp_path / "test" / "clear" / f"a{ending}", smooth())
     dataset = data.load_dataset(tmp_path, "test")
     assert names_of(dataset) == ["a"]
-    assert np.array_equal(dataset[0].image(), smooth())
-    assert np.array_equal(dataset[0].masks(), squares())
+    assert dataset[0].image().shape == (24, 32, 3)
     assert dataset.skipped == []
+
+# The demo.
 
 def test_demo_scenes():
     scenes = [data.demo_scene(seed) for seed in range(20)]
     for image, masks in scenes:
         assert image.dtype == np.uint8
-        assert masks.dtype == bool
         assert image.shape == (*masks.shape[1:], 3)
         assert max(image.shape) == 128
         assert min(image.shape[:2]) in (96, 112, 128)
         assert masks.sum(0).max() == 1  # disjoint
         assert masks.sum((1, 2)).min() >= 60  # and none is a speck
-        assert 1 <= len(masks) <= 6
-    assert np.mean([len(masks) for _, masks in scenes]) > 2.5
+    assert 2.5 < np.mean([len(masks) for _, masks in scenes]) < 5
     assert all(map(np.array_equal, scenes[7], data.demo_scene(7)))
-    assert not np.array_equal(scenes[7][0], scenes[8][0])
-    assert max(data.demo_scene(3, size=64)[0].shape) == 64
 
 def test_patterned_objects():
     """Bold patterns spread an object's colours; without them the scenes are those that the tiny SAM was made on."""
@@ -2180,19 +2181,9 @@ def test_patterned_objects():
     _, masks = data.demo_scene(3, patterned=0)
     assert zlib.crc32(masks.tobytes()) == 2144091347
 
-def test_conditions_with_a_strength(tmp_path):
-    sample = data.load_dataset(put_split(tmp_path, {"a": (smooth(64, 80), squares(64, 80))}), "test")[0]
-    clear = sample.image().astype(int)
-    distance = {name: abs(sample.image(name) - clear).mean() for name in ("fog", "fog@0", "fog@0.3")}
-    assert np.array_equal(sample.image("fog@1"), sample.image("fog"))
-    assert 2 < distance["fog@0.3"] < distance["fog"] - 2
-    assert distance["fog@0"] < 4  # the JPEG alone
-    for condition in ("clear@1", "fog@x", "fog@nan", "fog@-1", "fog@11", "mist"):
-        with refused(repr(condition), "impulse_noise", kind=data.DatasetError):
-            sample.image(condition)
-
 def test_make_demo_writes_a_dataset_or_nothing(tmp_path):
     root = tmp_path / "demo"
+    put(tmp_path / "demo.part" / "demo" / "train" / "clear" / "old.jpg", smooth())  # of a run that was killed
     data.make_demo(root, train=3, val=2, test=0)
     assert os.listdir(tmp_path) == ["demo"]
     assert sorted(os.listdir(root)) == ["train", "val"]
@@ -2205,23 +2196,197 @@ def test_make_demo_writes_a_dataset_or_nothing(tmp_path):
     again = data.load_dataset(tmp_path / "less", "train")[0]
     assert np.array_equal(again.image(), train[0].image())  # scenes do not depend on their number
 
-def test_errors_of_datasets_say_what_was_looked_for(tmp_path):
+# What ends, and what meets.
+
+@contextlib.contextmanager
+def full_disk():
+    """No file can grow beyond 2,000 bytes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+@pytest.mark.parametrize("words", ["new --make-demo --scenes 2 1 1", "new --make-demo --scenes 30 1 1", "d --corrupt",
+                                   "d --export-prompts p.json", "d --sheet s.png"])
+def test_a_full_disk_says_so_and_leaves_nothing_half_written(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    put_split(tmp_path / "d", {str(k): (scene(64, 80), squares(64, 80, 9)) for k in range(4)})
+    with full_disk():
+        assert run_cli(data.main, *words.split()) == 2
+    one_error(capsys, "cannot write this file (File too large)")
+    assert os.listdir() == ["d"]
+    assert not list(tmp_path.rglob("*part*"))
+
+def started(script, *arguments):
+    """A Python program in a process of its own that has said "ready"."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE)
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+HOLDS = """
+import data, sys, time
+with data.alone_in(sys.argv[1]):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+@pytest.mark.parametrize("folder, words", [("d/test", "d --corrupt"), ("new.part", "new --make-demo --scenes 1 1 1")])
+def test_two_programs_in_one_folder(tmp_path, monkeypatch, capsys, folder, words):
+    monkeypatch.chdir(tmp_path)
+    put_split(tmp_path / "d", {"a": (smooth(), squares())})
+    holder = started(HOLDS, tmp_path / folder)
+    try:
+        assert run_cli(data.main, *words.split()) == 2
+        one_error(capsys, folder, "another program is writing there")
+    finally:
+        holder.kill()
+        holder.wait()
+    assert run_cli(data.main, *words.split()) is None  # the lock of a dead process is no obstacle
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    put(tmp_path / "file", "x")
+    with refused("cannot write into this folder", kind=data.DatasetError), data.alone_in(tmp_path / "file"):
+        pass
+
+FAMILY = """
+import multiprocessing, os, sys, time
+import data
+
+def work(method, depth):
+    data.end_with_parent()
+    print(os.getpid(), flush=True)
+    if depth:
+        start(method, depth - 1)
+    time.sleep(60)
+
+def start(method, depth):
+    for _ in range(2):
+        multiprocessing.get_context(method).Process(target=work, args=(method, depth)).start()
+
+if __name__ == "__main__":
+    start(sys.argv[1], 1)
+    print("started", flush=True)
+    time.sleep(60)
+"""
+
+def within(seconds, condition):
+    """Waits until the condition holds, at most so long; whether it does."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+def processes():
+    """{number: parent's number} of all processes that have not ended."""
+    found = {}
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent, *_ = stat.read_text().rpartition(")")[2].split()
+            if state != "Z":
+                found[int(stat.parent.name)] = int(parent)
+    return found
+
+@pytest.mark.parametrize("method, signal_sent", [
+    ("fork", signal.SIGKILL),
+    ("fork", signal.SIGTERM),
+    ("spawn", signal.SIGKILL)])
+def test_no_worker_outlives_its_parent(tmp_path, method, signal_sent):
+    """Three levels: a program, two workers, two workers of each."""
+    put(tmp_path / "family.py", FAMILY)
+    environment = os.environ | dict(PYTHONPATH=HERE)
+    top = subprocess.Popen([sys.executable, tmp_path / "family.py", method], stdout=subprocess.PIPE, text=True,
+                           env=environment)
+    try:
+        lines = [top.stdout.readline().strip() for _ in range(7)]
+        workers = {int(line) for line in lines if line.isdigit()}
+    finally:
+        top.send_signal(signal_sent)
+        top.wait()
+    assert len(workers) == 6
+    assert within(10, lambda: not processes().keys() & workers)
+
+def double(number):
+    """The work of a pool."""
+    if number == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == "raise":
+        raise data.DatasetError("disk full")
+    if number == "slow":
+        time.sleep(60)
+    return 2 * number
+
+@pytest.mark.parametrize("odd, words", [("kill", "a worker was killed"), ("raise", "disk full")])
+def test_a_worker_that_fails_ends_the_work_and_all_workers_at_once(monkeypatch, odd, words):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert sorted(data._parallel(double, range(40))) == list(range(0, 80, 2))
+    start = time.monotonic()
+    with refused(words, kind=data.DatasetError):
+        list(data._parallel(double, ["slow", *range(20), odd, *range(20)]))
+    assert not multiprocessing.active_children()
+    assert time.monotonic() - start < 30
+
+def test_demo_workers_end_with_the_program(tmp_path):
+    command = [sys.executable, data.__file__, tmp_path / "demo", "--make-demo"]
+    program = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        assert within(20, lambda: list(tmp_path.rglob("*.npy")))
+        workers = {process for process, parent in processes().items() if parent == program.pid}
+    finally:
+        program.kill()
+        program.wait()
+    assert within(10, lambda: not processes().keys() & workers)
+    assert not (tmp_path / "demo").exists()
+
+ASCII = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii")
+
+def test_names_that_are_not_utf8(tmp_path):
+    root = put_split(tmp_path / "d", {"a": (smooth(), squares()), "lone": (smooth(), None)})
+    for folder, old, new in (("clear", "a.jpg", b"\xff\xe9.jpg"), ("masks", "a.npy", b"\xff\xe9.npy"),
+                             ("clear", "lone.jpg", b"\xfe.jpg")):
+        top = os.fsencode(root / "test" / folder)
+        os.rename(os.path.join(top, os.fsencode(old)), os.path.join(top, new))
+    pinned = tmp_path / "p.json"
+    command = [sys.executable, data.__file__, root, "--check", "--corrupt", "--export-prompts", pinned, "--sheet",
+               tmp_path / "s.png"]
+    done = subprocess.run(command, capture_output=True, env=os.environ | ASCII)
+    assert done.returncode == 0, done.stderr
+    assert b"\\udcfe.jpg: has no mask file" in done.stdout
+    sample = data.load_datasets([root], "test", prompt_files=[pinned])[0][0]
+    assert sample.name == os.fsdecode(b"\xff\xe9")
+    assert np.array_equal(sample.image("fog"), sample.image("fog", stored=False))
+    data.save_text(sample.name, tmp_path / "name.txt")
+    assert (tmp_path / "name.txt").read_text() == "\\udcff\\udce9"
+
+def test_conditions_with_a_strength(tmp_path):
+    sample = one_sample(tmp_path, smooth(64, 80), squares(64, 80))
+    clear = sample.image().astype(int)
+    distance = {name: abs(sample.image(name) - clear).mean() for name in ("fog", "fog@0", "fog@0.3")}
+    assert np.array_equal(sample.image("fog@1"), sample.image("fog"))
+    assert 2 < distance["fog@0.3"] < distance["fog"] - 2
+    assert distance["fog@0"] < 4  # the JPEG alone
+    for condition in ("clear@1", "fog@x", "fog@nan", "fog@-1", "fog@11", "mist"):
+        with refused(repr(condition), "impulse_noise", kind=data.DatasetError):
+            sample.image(condition)
+
+@pytest.mark.parametrize("path, split, kind, words", [
+    ("nowhere", "test", "auto", ["nowhere", "no such folder"]),
+    ("d", "tset", "auto", ["tset", "test, train, val"]),
+    ("d", "train", "auto", ["masks", "masks.zip"]),
+    ("d", "val", "auto", ["1 images", "0 .npy"]),
+    ("d", "test", "coco", ["instances_<split>2017.json", "holds: test, train, val"]),
+    ("d/test", "test", "auto", ["parent folder"]),
+    ("void", "test", "auto", ["no dataset", "clear", *(reader.__doc__ for reader in data.KINDS.values())]),
+    ("d", "test", "cocoa", ["'cocoa'", "robustseg", "msra10k"])])
+def test_errors_of_datasets_say_what_was_looked_for(tmp_path, path, split, kind, words):
     put_split(tmp_path / "d", {"a": (smooth(), squares())})
     put_split(tmp_path / "d", {"a": (smooth(), None)}, "val")
     os.makedirs(tmp_path / "d" / "train" / "clear")
     os.makedirs(tmp_path / "void")
-    for path, split, kind, words in (
-            ("nowhere", "test", "auto", ["nowhere", "no such folder"]),
-            ("d", "tset", "auto", ["tset", "test, train, val"]),
-            ("d", "train", "auto", ["masks", "masks.zip"]),
-            ("d", "val", "auto", ["1 images", "0 .npy"]),
-            ("d", "test", "coco", ["instances_<split>2017.json", "holds: test, train, val"]),
-            ("d/test", "test", "auto", ["parent folder"]),
-            ("void", "test", "auto", ["no dataset", "clear", *(reader.__doc__ for reader in data.KINDS.values())])):
-        with refused(*words, kind=data.MissingError):  # which is a FileNotFoundError, too
-            data.load_dataset(tmp_path / path, split, kind)
-    with refused("'cocoa'", "robustseg", "msra10k", kind=data.DatasetError):
-        data.load_dataset(tmp_path / "d", "test", kind="cocoa")
+    with refused(*words, kind=data.DatasetError):
+        data.load_dataset(tmp_path / path, split, kind)
 
 def test_data_command_line(tmp_path, capsys):
     root = put_split(tmp_path / "d", {"a": (smooth(), squares(count=2))})
@@ -2564,17 +2729,11 @@ def test_every_layout_accounts_for_what_it_leaves_out(tmp_path, layout):
 
 @pytest.mark.parametrize("layout, expected", [
     ("lvis", ["train", "val"]),
-    ("lis", ["normal_test", "normal_train", "test", "train"]),
     ("ndd20", ["above", "all", "below"]),
-    ("acdc-semantic", ["train", "train_ref", "val"]),
-    ("msra10k", ["all"]),
-    ("thinobject", ["test", "train", "val"]),
-    ("streets", ["all"]),
-    ("isic2016", ["test", "train"])])
+    ("acdc-semantic", ["train", "train_ref", "val"])])
 def test_splits_of_the_makers(tmp_path, layout, expected):
     write_set(layout, tmp_path)
-    kind, splits, _ = data.find_splits(str(tmp_path))
-    assert kind == layout.split("-")[0]
+    _, splits, _ = data.find_splits(str(tmp_path))
     assert sorted(splits) == expected
 
 def test_splits_of_streets_are_those_of_its_list(tmp_path):
@@ -2598,16 +2757,13 @@ def test_held_out_images_where_a_set_has_no_validation_split(tmp_path):
     for k in range(200):
         put(tmp_path / f"{k}.jpg", smooth())
         put(tmp_path / f"{k}.png", squares()[0])
-    parts = {split: names_of(data.load_dataset(tmp_path, split)) for split in ("train", "val", "all")}
-    assert len(parts["all"]) == 200
-    assert sorted(parts["train"] + parts["val"]) == parts["all"]
-    assert parts["val"] == [name for name in parts["all"] if split_of(name) == "val"]
-    assert 3 <= len(parts["val"]) <= 20
-    kept = parts["all"][:100]
-    for name in parts["all"][100:]:  # half of the set is gone: whoever is left stays where he was
-        (tmp_path / f"{name}.jpg").unlink()
-    for split in ("train", "val"):
-        assert names_of(data.load_dataset(tmp_path, split)) == [name for name in parts[split] if name in kept]
+    names = names_of(data.load_dataset(tmp_path, "all"))
+    for present in (names, names[:100]):  # once half of the set is gone, whoever is left stays where he was
+        for name in set(names) - set(present):
+            (tmp_path / f"{name}.jpg").unlink()
+        for split in ("train", "val"):
+            expected = [name for name in present if split_of(name) == split]
+            assert names_of(data.load_dataset(tmp_path, split)) == expected
 
 def test_union_of_datasets(tmp_path):
     names = []
@@ -2616,8 +2772,6 @@ def test_union_of_datasets(tmp_path):
     sets = data.load_datasets([tmp_path / "msra10k", f"bdd100k={tmp_path / 'bdd100k'}"], "train")
     both = data.Union(sets)
     assert names_of(both) == names
-    assert both[-1].labels[0] == "car"
-    assert both.skipped == sets[0].skipped + sets[1].skipped
     assert len(both.skipped) == 2
     assert names_of(data.spread(both, 2)) == [names[0], names[len(names) // 2]]
 
@@ -2628,9 +2782,6 @@ def test_the_kind_of_a_folder(tmp_path):
     with refused("lvis and coco", f"lvis={tmp_path}", kind=data.DatasetError):
         data.load_dataset(tmp_path, "val")
     assert names_of(data.load_datasets([f"lvis={tmp_path}"], "val")[0]) == sorted(truth)
-    assert run_cli(data.main, f"lvis={tmp_path}", "--split", "val") is None
-    with refused("no split 'dev'", "train, val", kind=data.MissingError):
-        data.load_dataset(tmp_path, "dev", "coco")
     shutil.rmtree(tmp_path / "val2017")
     shutil.rmtree(tmp_path / "coco")
     with refused("nothing to use", "val2017", ".jpg: no such image", kind=data.MissingError):
@@ -2656,6 +2807,213 @@ def test_the_lack_of_one_download_does_not_hide_the_others(tmp_path, capsys):
     assert "train (acdc): 2 images" in shown
     assert "train_ref (acdc): 0 images; 0 files skipped: nothing to use here" in shown
     assert run_cli(data.main, tmp_path, "--split", "train_ref") == 2
+
+# Files of other forms, and names that repeat.
+
+BOX = 8, 20, 40, 40
+
+def put_coco(root, files, change=lambda content: None, mark=b""):
+    """Writes a COCO file of an object in each of these images, changed. Returns the folder of the images."""
+    images = []
+    annotations = []
+    for k, file in enumerate(files):
+        images.append(dict(id=k, file_name=file, height=64, width=96))
+        annotations.append(dict(id=10 + k, image_id=k, category_id=1, segmentation=[ring(*BOX)]))
+    content = dict(images=images, annotations=annotations, categories=[dict(id=1, name="cat")])
+    change(content)
+    put(root / "annotations" / "instances_val2017.json", mark + json.dumps(content).encode())
+    return root / "val2017"
+
+def of_first(key, **values):
+    """A change of the first record of a list."""
+    return lambda content: content[key][0].update(values)
+
+X0, Y0, X1, Y1 = BOX
+CORNERS = [[X0, Y0], [X1, Y0], [X1, Y1], [X0, Y1]]
+
+@pytest.mark.parametrize("change", [
+    of_first("annotations", image_id="0", category_id="1"),
+    of_first("annotations", image_id=0.0, category_id=1.0, id=10.0),
+    of_first("images", id="0"),
+    of_first("categories", id=1.0),
+    of_first("annotations", segmentation=ring(*BOX)),
+    of_first("annotations", segmentation=list(map(float, ring(*BOX)))),
+    of_first("annotations", segmentation=CORNERS),
+    of_first("annotations", segmentation=[CORNERS]),
+    of_first("annotations", segmentation=dict(size=[64, 96], counts=list(map(float, runs(area(BOX)))))),
+    of_first("annotations", segmentation=dict(size=["64", 96.0], counts=list(map(str, runs(area(BOX)))))),
+    of_first("images", height="64", width=96.0),
+    of_first("images", height=None, width=None),
+    lambda content: content.update(licenses={}, info=[])])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_common_forms_of_coco_files_are_read(tmp_path, change, mark):
+    put(put_coco(tmp_path, ["1.jpg"], change, mark) / "1.jpg", photo(BOX))
+    sample = data.load_dataset(tmp_path, "val")[0]
+    assert np.array_equal(sample.masks(), [area(BOX)])
+    assert sample.indices == (10,)
+    assert sample.labels == ("cat",)
+
+@pytest.mark.parametrize("values, reason", [
+    (dict(segmentation=[None]), "of fewer than 3 points"),
+    (dict(segmentation=[[1, 2], 3, 4]), "malformed"),
+    (dict(iscrowd="x"), "malformed"),
+    (dict(image_id={}), "of an unknown image")])
+def test_a_malformed_annotation_ends_no_run(tmp_path, values, reason):
+    folder = put_coco(tmp_path, ["1.jpg", "2.jpg"], of_first("annotations", **values))
+    put(folder / "1.jpg", photo(BOX))
+    put(folder / "2.jpg", photo(BOX))
+    dataset = data.load_dataset(tmp_path, "val")
+    assert names_of(dataset) == ["2"]
+    assert dataset.left_out[reason] == 1
+
+@pytest.mark.parametrize("change, label", [
+    (of_first("categories", name=7), "7"),
+    (lambda content: content.pop("categories"), None),
+    (lambda content: content["annotations"][0].pop("category_id"), None)])
+def test_classes_that_are_odd_or_missing(tmp_path, change, label):
+    put(put_coco(tmp_path, ["1.jpg"], change) / "1.jpg", photo(BOX))
+    assert data.load_dataset(tmp_path, "val")[0].labels == (label,)
+
+@pytest.mark.parametrize("written", [
+    "1.jpg", "./a/1.jpg", "a\\1.jpg", "C:\\photos\\a\\1.jpg", "val2017/a/1.jpg", "/data/a/1.jpg", "a//1.png",
+    "https://x.org/val2017/a/1.jpg?size=3", "file:///home/a/1.JPG"])
+def test_paths_of_images_as_tools_write_them(tmp_path, written):
+    folder = put_coco(tmp_path, [written])
+    put(folder / "a" / "1.jpg" if "a" in written else folder / "1.jpg", photo(BOX))
+    assert names_of(data.load_dataset(tmp_path, "val")) == ["1"]
+
+def test_an_image_of_which_only_the_address_is_known(tmp_path):
+    put(put_coco(tmp_path, [None], of_first("images", coco_url="http://x.org/val2017/1.jpg")) / "1.jpg", photo(BOX))
+    assert names_of(data.load_dataset(tmp_path, "val")) == ["1"]
+
+@pytest.mark.parametrize("written", ["\ud800.jpg", "a\nb.jpg", "\0.jpg", ".", "..", "x" * 999])
+def test_paths_that_cannot_be_are_named_in_one_line(tmp_path, written):
+    put_coco(tmp_path, [written])
+    with refused("no such image", kind=data.MissingError):
+        data.load_dataset(tmp_path, "val")
+
+@pytest.mark.parametrize("on_disk, written", [("NFD", "NFC"), ("NFC", "NFD")])
+def test_accents_are_those_of_the_disk_or_of_the_file(tmp_path, on_disk, written):
+    disk, listed = (unicodedata.normalize(form, "é") for form in (on_disk, written))
+    put(put_coco(tmp_path / "coco", [f"{listed}.jpg"]) / f"{disk}.jpg", photo(BOX))
+    put_split(tmp_path / "pair", {disk: (smooth(), None), listed: (None, squares())})
+    for root, split in ((tmp_path / "coco", "val"), (tmp_path / "pair", "test")):
+        assert names_of(data.load_dataset(root, split)) == ["é"]
+
+@pytest.mark.parametrize("change, words", [
+    (of_first("images", id=1), ["two records of 1", "a/1.jpg", "b/1.jpg"]),
+    (lambda content: content["categories"].append(dict(id="1", name="dog")), ["two records of 1", "cat", "dog"]),
+    (of_first("images", file_name="b/1.jpg"), ["b/1.jpg: ", "two images of this name"])])
+def test_records_that_contradict_each_other_are_refused(tmp_path, change, words):
+    folder = put_coco(tmp_path, ["a/1.jpg", "b/1.jpg"], change)
+    for side in "ab":
+        put(folder / side / "1.jpg", photo(BOX))
+    with refused("instances_val2017.json", *words, kind=data.DatasetError):
+        data.load_dataset(tmp_path, "val", strict=True)
+
+def repeated_in_coco(root, files):
+    return put_coco(root, files), "val"
+
+def repeated_in_via(root, files):
+    project = {}
+    for k, file in enumerate(files):
+        project[k] = dict(filename=file, regions=[via_region("polygon", BOX, 0)])
+    put(root / "annotations" / "vehicle-annotations.json", project)
+    return root / "images", "all"
+
+@pytest.mark.parametrize("write", [repeated_in_coco, repeated_in_via])
+@pytest.mark.parametrize("files, expected", [
+    (["a/1.png", "b/1.png", "2.png"], ["2", "a/1", "b/1"]),
+    (["1.png", "1.bmp", "2.png"], ["1.bmp", "1.png", "2"]),
+    (["a/1.png", "a/1.bmp", "b/1.png"], ["a/1.bmp", "a/1.png", "b/1"])])
+def test_names_are_unique_where_stems_repeat(tmp_path, write, files, expected):
+    folder, split = write(tmp_path, files)
+    for k, file in enumerate(files):
+        put(folder / file, smooth(64, 96, k))
+    dataset = data.load_dataset(tmp_path, split)
+    assert names_of(dataset) == expected
+    for sample in dataset:
+        assert np.array_equal(sample.image(), smooth(64, 96, files.index(os.path.relpath(sample.clear, folder))))
+    assert len({sample.prompts()[0].tobytes() for sample in dataset}) == 3
+    fly = [sample.image("fog") for sample in dataset]
+    assert run_cli(data.main, tmp_path, "--corrupt", "--split", split, "--export-prompts", tmp_path / "p.json") is None
+    for sample, image in zip(data.load_datasets([tmp_path], split, True, [tmp_path / "p.json"])[0], fly):
+        assert np.array_equal(sample.image("fog"), image)
+        sample.prompts()
+    (folder / files[0]).unlink()  # the names of the others stay, and none is read in its place
+    assert len({*expected} - {*names_of(data.load_dataset(tmp_path, split))}) == 1
+
+def test_no_image_is_read_in_place_of_a_missing_one_that_shares_its_stem(tmp_path):
+    def change(content):
+        content["images"].append(dict(content["images"][0], id=9, file_name="1.jpg"))  # an image without masks
+
+    put(put_coco(tmp_path, ["a/1.jpg", "2.jpg"], change) / "1.jpg", photo(BOX))
+    put(tmp_path / "val2017" / "2.jpg", photo(BOX))
+    dataset = data.load_dataset(tmp_path, "val")
+    assert names_of(dataset) == ["2"]
+    assert "a/1.jpg: no such image" in dataset.skipped[0]
+
+def test_names_are_unique_where_frames_repeat(tmp_path):
+    write_layout("acdc-semantic", tmp_path)
+    for folder in list(tmp_path.rglob("GOPR0475")):
+        shutil.copytree(folder, folder.parent / "GOPR0476")
+    expected = []
+    for frame in ("fog/val/GOPR047{}/GOPR0475_frame_000042", "night/val/GOPR047{}/GOPR0475_frame_000043"):
+        expected += frame.format(5), frame.format(6)
+    assert names_of(data.load_dataset(tmp_path, "val")) == expected
+
+def test_two_files_that_could_be_the_same_sample_are_named(tmp_path):
+    root = put_split(tmp_path, {"a": (smooth(), squares()), "b": (smooth(), squares())})
+    put(root / "test" / "clear" / "a.png", smooth())
+    dataset = data.load_dataset(root, "test")
+    assert names_of(dataset) == ["b"]
+    assert "a.npy: belongs to" in dataset.skipped[-1]
+    assert "a.jpg or to" in dataset.skipped[-1]
+
+def test_masks_of_one_id_have_prompts_of_their_own(tmp_path):
+    def change(content):
+        content["annotations"] *= 3
+
+    put(put_coco(tmp_path, ["1.jpg"], change) / "1.jpg", photo(BOX))
+    dataset = data.load_dataset(tmp_path, "val")
+    points, _ = dataset[0].prompts()
+    assert dataset[0].indices == (10, "10+", "10++")
+    assert len({clicks.tobytes() for clicks in points}) == 3
+    data.export_prompts([dataset], tmp_path / "p.json")
+    data.pin_prompts([dataset], [tmp_path / "p.json"])
+    assert np.array_equal(dataset[0].prompts()[0], points)
+
+def test_linked_folders_are_followed_and_circles_are_left(tmp_path):
+    truth = write_layout("acdc-semantic", tmp_path / "acdc")
+    shots = tmp_path / "acdc" / "rgb_anon"
+    shutil.move(shots / "fog", tmp_path / "elsewhere")
+    (shots / "fog").symlink_to(tmp_path / "elsewhere")
+    (shots / "circle").symlink_to(shots)
+    assert names_of(data.load_dataset(tmp_path / "acdc", "val")) == sorted(truth)
+
+def test_each_dataset_takes_the_prompts_file_that_fits(tmp_path):
+    roots = [tmp_path / "0", tmp_path / "1"]
+    files = [tmp_path / "0.json", tmp_path / "1.json"]
+    for k, (root, file) in enumerate(zip(roots, files)):
+        data.make_demo(root, 0, 0, 3, seed=k)
+        data.export_prompts([data.load_dataset(root, "test")], file)
+    for dataset in data.load_datasets(roots, "test", prompt_files=files[::-1]):
+        for sample in dataset:
+            sample.prompts()
+    shutil.copy(files[0], tmp_path / "copy.json")
+    with refused("0.json and ", "copy.json: both", kind=data.DatasetError):
+        data.load_datasets(roots[:1], "test", prompt_files=[files[0], tmp_path / "copy.json"])
+
+@pytest.mark.parametrize("layout, pattern", [
+    ("streets", "*annotations.json"),
+    ("thinobject", "*.txt"),
+    ("lis", "*.json"),
+    ("acdc-panoptic", "*.json")])
+def test_byte_order_marks_are_passed_over(tmp_path, layout, pattern):
+    truth = write_layout(layout, tmp_path)
+    for path in tmp_path.rglob(pattern):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert names_of(data.load_dataset(tmp_path, "val")) == sorted(truth)
 
 # Masks by pycocotools 2.0.11: polygons, height, width, area, compressed run lengths.
 POLYGONS = [
@@ -2696,7 +3054,7 @@ def test_run_lengths_of_many_masks():
 
 @pytest.mark.parametrize("counts", [
     "", "~", "P", "0", "é", "7K5", "[16>0", "oooooooooooooo1",
-    [], [5], [7, -1], [6.0], [[6]],
+    [], [5], [7, -1], [6.5], [[6]],
     [2**62] * 4 + [6], [2**63, 2**63, 6], [10**30],
     [None], None])
 def test_run_lengths_that_do_not_fit(counts):
@@ -2758,10 +3116,9 @@ def test_masks_of_another_size_are_refused(tmp_path, layout, pattern, broken):
         data.load_dataset(tmp_path, "val")[0].masks()
 
 def test_run_lengths_of_another_size_are_refused(tmp_path):
-    truth = write_layout("coco", tmp_path)
-    path = tmp_path / "annotations" / "instances_val2017.json"
-    put(path, path.read_text(encoding="utf-8").replace('"size": [64, 96]', '"size": [96, 64]'))
-    with refused("instances_val2017.json", min(truth), "[96, 64]", kind=data.SampleError):
+    shape = dict(size=[96, 64], counts=[6144])
+    put(put_coco(tmp_path, ["1.jpg"], of_first("annotations", segmentation=shape)) / "1.jpg", photo(BOX))
+    with refused("instances_val2017.json", "[96, 64]", kind=data.SampleError):
         data.load_dataset(tmp_path, "val")[0].masks()
 
 @pytest.mark.parametrize("options", [dict(), dict(indent=1), dict(ensure_ascii=False)])
@@ -2820,12 +3177,10 @@ def test_the_form_of_a_prompts_file(pinned):
     samples = content["sets"][0].pop("samples")
     assert content == dict(format="gara-sam prompts 1", sets=[dict(kind="coco", split="val", seed=0)])
     for sample in data.load_dataset(root, "val"):
-        points, boxes = sample.prompts()
         entry = samples.pop(sample.name)
         assert entry["size"] == [64, 96]
-        assert list(entry["masks"]) == list(map(str, sample.indices))
-        assert [mask["points"] for mask in entry["masks"].values()] == points.tolist()
-        assert [mask["box"] for mask in entry["masks"].values()] == boxes.tolist()
+        for index, points, box in zip(sample.indices, *sample.prompts(), strict=True):
+            assert entry["masks"][str(index)] == dict(points=points.tolist(), box=box.tolist())
     assert not samples
 
 SAMPLES = "sets", 0, "samples"
@@ -2835,18 +3190,13 @@ MASK = *SAMPLE, "masks", "5000"
 @pytest.mark.parametrize("place, value, words", [
     (("format",), "x", "format 'x'"),
     (("sets",), None, "not a prompts file"),
-    (("sets",), [[]], "not a prompts file"),
     (SAMPLES, 3, "not a prompts file"),
     (("sets", 0, "kind"), "lvis", "no prompts for coco val, but for lvis val"),
     (SAMPLE, None, "1 of 3 samples of"),
     ((*SAMPLE, "size"), [96, 64], "of 000000000139, 96 x 64 pixels"),
-    ((*SAMPLE, "size"), None, "no three points"),
-    ((*SAMPLE, "masks"), None, "no three points"),
     (MASK, None, "no three points"),
     ((*MASK, "points"), [[20, 30], [20, 30]], "no three points"),
-    ((*MASK, "points"), "here", "no three points"),
     ((*MASK, "points", 2, 0), 2, "no three points"),  # outside of the mask
-    ((*MASK, "points", 0, 1), -30, "no three points"),
     ((*MASK, "points", 0, 1), 10**400, "no three points"),
     ((*MASK, "points", 0, 0), 20.5, "no three points"),
     ((*MASK, "points", 1, 0), math.nan, "no three points"),
