@@ -17,6 +17,12 @@ points, the same boxes and the same noise.
     msra10k     pairs <n>.jpg, <n>.png in one folder
     isic2016    ISBI2016_ISIC_Part1_Training_Data/ beside ..._Training_GroundTruth/, and the same with Test
 
+and your own data, if it is none of these:
+
+    coco        any .json in COCO's form, its images beside it, or in images/ or train/, val/, test/ beside or above
+    folder      images/ beside masks/<stem>.png, <stem>_<anything>.png, <stem>/<anything>.png or <stem>.npy
+    yolo        images/ beside labels/<stem>.txt, the outlines of YOLO's segmentation
+
 The demo dataset has robustseg's layout. A degraded image that is not on the disk is made on the fly; `--corrupt`
 writes the very same pixels to the disk.
 
@@ -52,7 +58,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
-from os.path import basename, dirname, exists, isdir, join, splitext
+from os.path import basename, dirname, exists, isdir, isfile, join, splitext
 from typing import NamedTuple
 
 import numpy as np
@@ -641,11 +647,12 @@ class Dataset(Sequence):
         return True
 
     def summary(self):
-        """One line: what it is, images, masks, what is left out and why."""
+        """One line: what it is, by what files that is known, images, masks, what is left out and why."""
         count = "" if self.masks is None else f", {self.masks:,} masks"
         left = f"; left out: {_account(self.left_out)}" if self.left_out else ""
+        first = f"; first: {self[0].clear} with {self[0].source}" if self.samples else ""
         return (f"{join(self.root, self.split)} ({self.kind}): {len(self):,} images{count}{left}; "
-                f"{len(self.skipped):,} files skipped")
+                f"{len(self.skipped):,} files skipped{first}")
 
 
 class Union(Dataset):
@@ -769,6 +776,13 @@ def _pixels(path, mode):
         return np.array(file).astype(np.int32)
 
 
+def _is_robustseg(folder):
+    """Whether there is a clear/, and in masks/ nothing yet, or .npy files."""
+    if not isdir(join(folder, "clear")):
+        return False
+    return _find(folder, "masks/*.npy") or not _find(folder, *(f"{name}/*" for name in MASKS))
+
+
 @reader
 def robustseg(root):
     """ROOT/<split>/clear/ with images and ROOT/<split>/masks/ with .npy files"""
@@ -785,7 +799,7 @@ def robustseg(root):
                                ".npy files in masks/); the two must have the same name up to the ending")
         return found
 
-    splits = [name for name in sorted(os.listdir(root)) if isdir(join(root, name, "clear"))]
+    splits = [name for name in sorted(os.listdir(root)) if _is_robustseg(join(root, name))]
     return (splits, listing) if splits else None
 
 
@@ -1239,28 +1253,162 @@ def lis(root):
     return (list(paths), listing) if paths else None
 
 
+# ---------------------------------------------------------------- readers: your own data
+# Asked where no layout with a name fits. The path of the masks names their split: train, val (or valid) or test; where it
+# names none, they are "all".
+
+IMAGES = ("images", "clear", "imgs", "JPEGImages")
+MASKS = ("masks", "labels", "annotations", "SegmentationObject")
+
+
+def _by_split(root, kind, listings):
+    """What a reader returns of {path of masks: function(split) -> Listing}. DatasetError if two paths name one split."""
+    paths = {}
+    for path in listings:
+        below = os.path.relpath(path, root).lower()
+        *_, split = "all", *re.findall("(?<![a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])", below)
+        if split in paths:
+            raise DatasetError(f"{paths[split]} and {path} both hold masks for {split!r}; choose one, as in "
+                               f"{kind}={path}")
+        paths[split] = path
+    return paths and (sorted(paths), lambda split: listings[paths[split]](split))
+
+
+def coco_form(root):
+    """any .json in COCO's form; its images beside it, or in images/ or train/, val/, test/ beside it or above"""
+    paths = _find_all(root, "*.json")
+    if not isdir(root):
+        root, paths = dirname(root), [root]
+
+    def listing(path, split):
+        words = "train|val|test" if split == "all" else split
+        like = re.compile(f"(/?([.]|{'|'.join(IMAGES)}|[^/]*({words})[^/]*))+")
+        folder = dirname(path)
+        homes = []
+        for base in (folder, join(folder, os.pardir), root):
+            homes += [home for home in _find_all(base, "") if like.fullmatch(os.path.relpath(home, base))]
+
+        def place(image):
+            places = [join(home, _utf8(image["file_name"])) for home in homes]
+            return next(filter(exists, places), places[0])
+
+        return _coco_listing(path, place)
+
+    listings = {}
+    for path in paths:
+        with open(path, "rb") as file:
+            content = file.read()
+        if b'"images"' in content and b'"segmentation"' in content:
+            listings[path] = partial(listing, path)
+        elif paths == [path]:
+            raise DatasetError(f'{path}: no COCO file: it has no "images" with "segmentation"; export it in that form')
+    return _by_split(root, "coco", listings)
+
+
+def _beside(root, kind, names, patterns, read):
+    """What a reader returns of folders of images and of masks (of these names) side by side. A folder for each split may
+    lie above or below. read(mask files, sample): see Sample."""
+    def listing(images, folder, _):
+        masks = {}  # {stem: files}
+        for path in _find_all(folder, *patterns):
+            stem, _ = splitext(os.path.relpath(path, folder))
+            while stem not in images and re.search("[/_]", stem):  # <stem>_<anything>, <stem>/<anything>
+                stem = re.sub("[/_][^/_]*$", "", stem)
+            masks.setdefault(stem, []).append(path)
+        found = _paired(images, {stem: files[0] for stem, files in masks.items()}, None)
+        for sample in found.samples:
+            sample.read = partial(read, masks[sample.name])
+        return found
+
+    listings = {}
+    for home in _find_all(root, *IMAGES):
+        for below in ("", *glob.glob("*/", root_dir=home)):
+            images = _files(join(home, below))
+            for name in names:
+                folder = join(dirname(home), name, below)
+                if images and _find(folder, *patterns):
+                    listings[folder] = partial(listing, images, folder)
+    return _by_split(root, kind, listings)
+
+
+def _objects(path):
+    """Yields (number, bool HxW) for each object in a mask image.
+
+    """
+    with Image.open(path) as file:
+        palette = file.mode == "P"
+        colours = len(file.getbands()) > 1
+        pixels = np.array(file.convert("RGB") if colours else file).astype(np.int32)
+    if colours:
+        pixels = pixels @ (1, 256, 65536)
+    most = pixels.max()
+    between = (pixels > 0) & (pixels < most)
+    even = pixels == np.roll(pixels, (1, 2), (0, 1))
+    if palette and between.any():
+        pixels[pixels == 255] = 0
+    elif most in (255, 0xFFFFFF) and between.sum() > 4 * even[between].sum():
+        pixels = pixels > most / 2
+    for number in np.unique(pixels).tolist():
+        if number:
+            yield number, pixels == number
+
+
+def _read_mask_files(files, sample):
+    for k, path in enumerate(files):
+        sample.source = path  # for the messages
+        planes = enumerate(read_planes(path)) if path.endswith(".npy") else _objects(path)
+        for number, mask in planes:
+            yield k << 24 | number, None, mask, None
+
+
+def folder(root):
+    """images/ (clear/, imgs/, JPEGImages/) beside masks/ (labels/, annotations/, SegmentationObject/)"""
+    return _beside(root, "folder", MASKS, [f"*{ending}" for ending in (*IMAGE_ENDINGS, ".npy")], _read_mask_files)
+
+
+def _read_yolo(_, sample):
+    """A line is a class's number and the outline's corners, x y x y ..., in shares of the width and height."""
+    height, width = image_size(sample.clear)
+    with open(sample.source) as file:
+        for index, line in enumerate(filter(str.strip, file)):
+            label, *shares = line.split()
+            corners = np.array(shares, float).reshape(-1, 2) * (width, height)
+            yield index, label, polygon_mask([corners], height, width), None
+
+
+def yolo(root):
+    """images/ beside labels/ with the outlines of YOLO's segmentation, <stem>.txt"""
+    return _beside(root, "yolo", ["labels"], ["*.txt"], _read_yolo)
+
+
+OWN = {"coco": coco_form, "folder": folder, "yolo": yolo}
+
+
 # ---------------------------------------------------------------- load_dataset
 
 def find_splits(root, kind="auto"):
     """(kind, names of the splits, function(split) -> Listing). "auto" is the kind that the folder looks like."""
-    if kind not in ("auto", *KINDS):
-        raise DatasetError(f"no dataset kind {kind!r}; there are: auto, {', '.join(KINDS)}")
+    if kind not in ("auto", *KINDS, *OWN):
+        raise DatasetError(f"no dataset kind {kind!r}; there are: auto, {', '.join(KINDS | OWN)}")
+    if isfile(root):
+        return "coco", *coco_form(root)
     if not isdir(root):
         raise MissingError(f"{root}: no such folder (python data.py demo/ --make-demo makes a small dataset)")
 
-    asked = list(KINDS) if kind == "auto" else [kind]
-    answers = {name: KINDS[name](root) for name in asked}
-    found = [name for name, answer in answers.items() if answer]
-    if len(found) > 1 and "robustseg" not in found:
-        raise DatasetError(f"{root}: holds {' and '.join(found)}; choose one, as in {found[0]}={root}")
-    if found:
-        return found[0], *answers[found[0]]  # robustseg is the first
-
-    if isdir(join(root, "clear")):
-        raise MissingError(f"{root}: this is one split of a dataset; name its parent folder and choose the split")
-    looked_for = "; ".join(f"{name}: {KINDS[name].__doc__}" for name in asked)
+    looked_for = []
+    for readers in (KINDS, OWN):
+        asked = [name for name in readers if kind in ("auto", name)]
+        answers = {name: readers[name](root) for name in asked}
+        found = [name for name, answer in answers.items() if answer]
+        if len(found) > 1 and "robustseg" not in found:
+            raise DatasetError(f"{root}: holds {' and '.join(found)}; choose one, as in {found[0]}={root}")
+        if found:
+            return found[0], *answers[found[0]]  # robustseg is the first
+        if kind == "auto" and _is_robustseg(root):
+            raise MissingError(f"{root}: this is one split of a dataset; name its parent folder and choose the split")
+        looked_for += [f"{name}: {readers[name].__doc__}" for name in asked]
     holds = ", ".join(sorted(os.listdir(root))[:6]) or "nothing"
-    raise MissingError(f"{root}: no dataset found; looked for {looked_for}. The folder holds: {holds}")
+    raise MissingError(f"{root}: no dataset found; looked for {'; '.join(looked_for)}. The folder holds: {holds}")
 
 
 def load_dataset(root, split, kind="auto", strict=False):
@@ -1284,7 +1432,8 @@ def load_dataset(root, split, kind="auto", strict=False):
     if divide:
         samples = [s for s in samples if (seed_of(s.name, "val") % 20 == 0) == (split == "val")]
         masks = None
-    folder = join(root, listed) if own_layout else join(root, "degraded", listed)
+    home = root if isdir(root) else splitext(root)[0]
+    folder = join(root, listed) if own_layout else join(home, "degraded", listed)
     ready = frozenset(name for name in CORRUPTIONS if isdir(join(folder, name)))
     for sample in samples:
         sample.folder = folder
@@ -1302,7 +1451,7 @@ def load_dataset(root, split, kind="auto", strict=False):
 def path_and_kind(root):
     """As the command lines name a dataset: "lvis=coco/" -> ("coco/", "lvis"), and any other path -> (path, "auto")."""
     kind, _, path = str(root).partition("=")
-    return (path, kind) if kind in KINDS else (root, "auto")
+    return (path, kind) if kind in KINDS | OWN else (root, "auto")
 
 
 def load_datasets(roots, split, strict=False, prompt_files=()):
