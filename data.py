@@ -776,13 +776,6 @@ def _pixels(path, mode):
         return np.array(file).astype(np.int32)
 
 
-def _is_robustseg(folder):
-    """Whether there is a clear/, and in masks/ nothing yet, or .npy files."""
-    if not isdir(join(folder, "clear")):
-        return False
-    return _find(folder, "masks/*.npy") or not _find(folder, *(f"{name}/*" for name in MASKS))
-
-
 @reader
 def robustseg(root):
     """ROOT/<split>/clear/ with images and ROOT/<split>/masks/ with .npy files"""
@@ -799,8 +792,10 @@ def robustseg(root):
                                ".npy files in masks/); the two must have the same name up to the ending")
         return found
 
-    splits = [name for name in sorted(os.listdir(root)) if _is_robustseg(join(root, name))]
-    return (splits, listing) if splits else None
+    splits = [name for name in sorted(os.listdir(root)) if isdir(join(root, name, "clear"))]
+    if not splits or not _find(root, "*/masks/*.npy") and folder(root):
+        return None
+    return splits, listing
 
 
 @reader
@@ -1268,7 +1263,7 @@ def _by_split(root, kind, listings):
         below = os.path.relpath(path, root).lower()
         *_, split = "all", *re.findall("(?<![a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])", below)
         if split in paths:
-            raise DatasetError(f"{paths[split]} and {path} both hold masks for {split!r}; choose one, as in "
+            raise DatasetError(f"{paths[split]} and {path} both hold masks of {split!r}; choose one, as in "
                                f"{kind}={path}")
         paths[split] = path
     return paths and (sorted(paths), lambda split: listings[paths[split]](split))
@@ -1283,9 +1278,8 @@ def coco_form(root):
     def listing(path, split):
         words = "train|val|test" if split == "all" else split
         like = re.compile(f"(/?([.]|{'|'.join(IMAGES)}|[^/]*({words})[^/]*))+")
-        folder = dirname(path)
         homes = []
-        for base in (folder, join(folder, os.pardir), root):
+        for base in (dirname(path), join(dirname(path), ".."), root):
             homes += [home for home in _find_all(base, "") if like.fullmatch(os.path.relpath(home, base))]
 
         def place(image):
@@ -1306,20 +1300,26 @@ def coco_form(root):
 
 
 def _beside(root, kind, names, patterns, read):
-    """What a reader returns of folders of images and of masks (of these names) side by side. A folder for each split may
-    lie above or below. read(mask files, sample): see Sample."""
+    """What a reader returns of folders of images and of masks (of these names) side by side, with a folder for each split
+    above or below, or none. read(mask files, sample): see Sample."""
     def listing(images, folder, _):
         masks = {}  # {stem: files}
         for path in _find_all(folder, *patterns):
-            stem, _ = splitext(os.path.relpath(path, folder))
-            while stem not in images and re.search("[/_]", stem):  # <stem>_<anything>, <stem>/<anything>
-                stem = re.sub("[/_][^/_]*$", "", stem)
+            stem, _ = splitext(os.path.relpath(path, folder).replace(os.sep, "_"))
+            while "_" in stem and stem not in images:  # <stem>_<anything>, <stem>/<anything>
+                stem, _, _ = stem.rpartition("_")
             masks.setdefault(stem, []).append(path)
         found = _paired(images, {stem: files[0] for stem, files in masks.items()}, None)
+        if not found.samples:
+            raise MissingError(f"{folder}: no mask has an image's name ({len(images):,} images, {len(masks):,} other "
+                               "names); call it STEM.png, STEM_anything.png or STEM/anything.png")
         for sample in found.samples:
             sample.read = partial(read, masks[sample.name])
         return found
 
+    above, chosen = os.path.split(os.path.normpath(root))
+    if chosen in names and not _find(root, *IMAGES):  # root is one of two folders of masks
+        root, names = above, [chosen]
     listings = {}
     for home in _find_all(root, *IMAGES):
         for below in ("", *glob.glob("*/", root_dir=home)):
@@ -1332,22 +1332,29 @@ def _beside(root, kind, names, patterns, read):
 
 
 def _objects(path):
-    """Yields (number, bool HxW) for each object in a mask image.
+    """Yields (number, bool HxW) for each object in a mask file: the planes of an .npy file, else the pixels of a number.
 
+    - One number besides 0 (0/1, 0/255, white) is a binary mask: one object.
+    - Of several, each is an object, as in a map of instances of 8 or 16 bits. A palette counts by its indices, of which
+      255 is void (Pascal VOC's borders), colours by colour.
+    - But if most pixels between 0 and 255 (or white) are unlike the one a knight's move away, they are no areas but the
+      soft edges of a binary mask, which is cut in the middle.
     """
+    if path.endswith(".npy"):
+        yield from enumerate(read_planes(path))
+        return
     with Image.open(path) as file:
-        palette = file.mode == "P"
-        colours = len(file.getbands()) > 1
-        pixels = np.array(file.convert("RGB") if colours else file).astype(np.int32)
-    if colours:
-        pixels = pixels @ (1, 256, 65536)
+        pixels = np.array(file)
+    if pixels.ndim == 3:
+        pixels = pixels[..., :3] @ (1, 256, 65536)
     most = pixels.max()
     between = (pixels > 0) & (pixels < most)
-    even = pixels == np.roll(pixels, (1, 2), (0, 1))
-    if palette and between.any():
-        pixels[pixels == 255] = 0
-    elif most in (255, 0xFFFFFF) and between.sum() > 4 * even[between].sum():
-        pixels = pixels > most / 2
+    alike = pixels == np.roll(pixels, (1, 2), (0, 1))
+    if between.any():
+        if file.mode == "P":
+            pixels[pixels == 255] = 0
+        elif most in (255, 0xFFFFFF) and alike[between].mean() < 0.25:
+            pixels = pixels > most / 2
     for number in np.unique(pixels).tolist():
         if number:
             yield number, pixels == number
@@ -1355,14 +1362,13 @@ def _objects(path):
 
 def _read_mask_files(files, sample):
     for k, path in enumerate(files):
-        sample.source = path  # for the messages
-        planes = enumerate(read_planes(path)) if path.endswith(".npy") else _objects(path)
-        for number, mask in planes:
+        sample.source = path  # for messages
+        for number, mask in _objects(path):
             yield k << 24 | number, None, mask, None
 
 
 def folder(root):
-    """images/ (clear/, imgs/, JPEGImages/) beside masks/ (labels/, annotations/, SegmentationObject/)"""
+    """images/ (or clear/, imgs/, JPEGImages/) beside masks/ (or labels/, annotations/, SegmentationObject/)"""
     return _beside(root, "folder", MASKS, [f"*{ending}" for ending in (*IMAGE_ENDINGS, ".npy")], _read_mask_files)
 
 
@@ -1377,7 +1383,7 @@ def _read_yolo(_, sample):
 
 
 def yolo(root):
-    """images/ beside labels/ with the outlines of YOLO's segmentation, <stem>.txt"""
+    """images/ beside labels/<stem>.txt with the outlines of YOLO's segmentation"""
     return _beside(root, "yolo", ["labels"], ["*.txt"], _read_yolo)
 
 
@@ -1404,7 +1410,7 @@ def find_splits(root, kind="auto"):
             raise DatasetError(f"{root}: holds {' and '.join(found)}; choose one, as in {found[0]}={root}")
         if found:
             return found[0], *answers[found[0]]  # robustseg is the first
-        if kind == "auto" and _is_robustseg(root):
+        if kind == "auto" and isdir(join(root, "clear")) and _find(root, "masks/*.npy"):
             raise MissingError(f"{root}: this is one split of a dataset; name its parent folder and choose the split")
         looked_for += [f"{name}: {readers[name].__doc__}" for name in asked]
     holds = ", ".join(sorted(os.listdir(root))[:6]) or "nothing"
@@ -1432,8 +1438,7 @@ def load_dataset(root, split, kind="auto", strict=False):
     if divide:
         samples = [s for s in samples if (seed_of(s.name, "val") % 20 == 0) == (split == "val")]
         masks = None
-    home = root if isdir(root) else splitext(root)[0]
-    folder = join(root, listed) if own_layout else join(home, "degraded", listed)
+    folder = join(root, listed) if own_layout else join(root, "degraded", listed)
     ready = frozenset(name for name in CORRUPTIONS if isdir(join(folder, name)))
     for sample in samples:
         sample.folder = folder
