@@ -1249,28 +1249,30 @@ def lis(root):
 
 
 # ---------------------------------------------------------------- readers: your own data
-# Asked where no layout with a name fits. The path of the masks names their split: train, val (or valid) or test; where it
-# names none, they are "all".
+# Asked where no layout with a name fits. A split is what the path of its masks says: train, val (or valid) or test;
+# where it says nothing, it is "all".
 
 IMAGES = ("images", "clear", "imgs", "JPEGImages")
 MASKS = ("masks", "labels", "annotations", "SegmentationObject")
 
 
 def _by_split(root, kind, listings):
-    """What a reader returns of {path of masks: function(split) -> Listing}. DatasetError if two paths name one split."""
+    """What a reader returns of {path of masks: function(split) -> Listing}. DatasetError if two are of one split."""
     paths = {}
     for path in listings:
         below = os.path.relpath(path, root).lower()
         *_, split = "all", *re.findall("(?<![a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])", below)
         if split in paths:
             raise DatasetError(f"{paths[split]} and {path} both hold masks of {split!r}; choose one, as in "
-                               f"{kind}={path}")
+                               f"{kind}={path}, or move one away")
         paths[split] = path
     return paths and (sorted(paths), lambda split: listings[paths[split]](split))
 
 
 def coco_form(root):
     """any .json in COCO's form; its images beside it, or in images/ or train/, val/, test/ beside it or above"""
+    # By file_name, in the folder of the .json, in the one above or the root, and in folders there that are called like
+    # images or like the file's split: those of other splits may hold other images of the same name.
     paths = _find_all(root, "*.json")
     if not isdir(root):
         root, paths = dirname(root), [root]
@@ -1300,8 +1302,8 @@ def coco_form(root):
 
 
 def _beside(root, kind, names, patterns, read):
-    """What a reader returns of folders of images and of masks (of these names) side by side, with a folder for each split
-    above or below, or none. read(mask files, sample): see Sample."""
+    """What a reader returns of folders of images and of masks (of these names) side by side, with a folder for each
+    split above or below, or none. read(mask files, sample): see Sample."""
     def listing(images, folder, _):
         masks = {}  # {stem: files}
         for path in _find_all(folder, *patterns):
@@ -1332,13 +1334,12 @@ def _beside(root, kind, names, patterns, read):
 
 
 def _objects(path):
-    """Yields (number, bool HxW) for each object in a mask file: the planes of an .npy file, else the pixels of a number.
+    """Yields (number, bool HxW) for each object in a mask file: each plane of an .npy file, each number of an image.
 
-    - One number besides 0 (0/1, 0/255, white) is a binary mask: one object.
-    - Of several, each is an object, as in a map of instances of 8 or 16 bits. A palette counts by its indices, of which
-      255 is void (Pascal VOC's borders), colours by colour.
-    - But if most pixels between 0 and 255 (or white) are unlike the one a knight's move away, they are no areas but the
-      soft edges of a binary mask, which is cut in the middle.
+    One number besides 0 (0/1, 0/255, white) is a binary mask, one object. Of several, each is an object: a map of
+    instances of 8 or 16 bits, the indices of a palette (255 is then void, as Pascal VOC's borders), or colours. But
+    where most pixels between 0 and 255 (or white) differ from the one a knight's move away, they are not areas but the
+    soft edges of a binary mask, which is cut in the middle.
     """
     if path.endswith(".npy"):
         yield from enumerate(read_planes(path))
@@ -1431,7 +1432,7 @@ def load_dataset(root, split, kind="auto", strict=False):
     if divide:
         listed = "train" if "train" in splits else "all"
     if listed not in splits:
-        looked = f" (no folder {join(root, split, 'clear')})" if own_layout else ""
+        looked = f" (no folder {join(root, split, 'clear')})" if own_layout else " (train and val can be made of all)"
         raise MissingError(f"{root} ({kind}): no split {split!r}{looked}; there are: {', '.join(splits)}")
 
     samples, masks, left_out, lone = listing(listed)
