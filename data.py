@@ -1263,8 +1263,7 @@ def _by_split(root, kind, listings):
         below = os.path.relpath(path, root).lower()
         *_, split = "all", *re.findall("(?<![a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])", below)
         if split in paths:
-            raise DatasetError(f"{paths[split]} and {path} both hold masks of {split!r}; choose one, as in "
-                               f"{kind}={path}, or move one away")
+            raise DatasetError(f"{paths[split]} and {path} both hold masks of {split!r}; choose one: {kind}={path}")
         paths[split] = path
     return paths and (sorted(paths), lambda split: listings[paths[split]](split))
 
@@ -1307,14 +1306,13 @@ def _beside(root, kind, names, patterns, read):
     def listing(images, folder, _):
         masks = {}  # {stem: files}
         for path in _find_all(folder, *patterns):
-            stem, _ = splitext(os.path.relpath(path, folder).replace(os.sep, "_"))
+            stem, _ = splitext(os.path.relpath(path, folder).replace("/", "_"))
             while "_" in stem and stem not in images:  # <stem>_<anything>, <stem>/<anything>
                 stem, _, _ = stem.rpartition("_")
             masks.setdefault(stem, []).append(path)
         found = _paired(images, {stem: files[0] for stem, files in masks.items()}, None)
         if not found.samples:
-            raise MissingError(f"{folder}: no mask has an image's name ({len(images):,} images, {len(masks):,} other "
-                               "names); call it STEM.png, STEM_anything.png or STEM/anything.png")
+            raise MissingError(f"{folder}: of {len(images):,} images none has a mask STEM.*, STEM_ANY.* or STEM/ANY.*")
         for sample in found.samples:
             sample.read = partial(read, masks[sample.name])
         return found
@@ -1350,11 +1348,11 @@ def _objects(path):
         pixels = pixels[..., :3] @ (1, 256, 65536)
     most = pixels.max()
     between = (pixels > 0) & (pixels < most)
-    alike = pixels == np.roll(pixels, (1, 2), (0, 1))
+    alike = pixels == np.roll(pixels, pixels.shape[1] + 2)
     if between.any():
         if file.mode == "P":
             pixels[pixels == 255] = 0
-        elif most in (255, 0xFFFFFF) and alike[between].mean() < 0.25:
+        elif most in (255, 0xFFFFFF) and alike[between].mean() < 0.4:
             pixels = pixels > most / 2
     for number in np.unique(pixels).tolist():
         if number:
@@ -1362,10 +1360,10 @@ def _objects(path):
 
 
 def _read_mask_files(files, sample):
-    for k, path in enumerate(files):
-        sample.source = path  # for messages
-        for number, mask in _objects(path):
+    for k, sample.source in enumerate(files):  # which messages name
+        for number, mask in _objects(sample.source):
             yield k << 24 | number, None, mask, None
+    sample.source = files[0]
 
 
 def folder(root):
