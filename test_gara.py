@@ -2973,7 +2973,10 @@ def assert_same_run(a, b):
 # Your own images.
 
 A, B = pair(0)
-NUMBERS = area(A) + 2 * area(B).astype(np.uint8)
+IN_A = area(A).astype(np.uint8)
+IN_B = area(B).astype(np.uint8)
+NUMBERS = IN_A + 2 * IN_B
+BOTH = 255 * (IN_A + IN_B)
 
 def palette_image(numbers):
     """The bytes of a PNG whose palette's indices are these numbers."""
@@ -2990,30 +2993,34 @@ def own_set(root, masks, image="images/a.jpg"):
         put(root / "own" / path, content)
     return root / "own"
 
-def own_coco(file_name="a.jpg", **more):
+def own_coco(file_name="a.jpg"):
     """COCO's JSON of that image."""
-    shapes = [[ring(*A)], dict(size=[64, 96], counts=runs(area(B)))]
-    annotations = [dict(id=7 + k, image_id=1, category_id=1, segmentation=shape) for k, shape in enumerate(shapes)]
-    images = [dict(id=1, height=64, width=96, file_name=file_name)]
-    return dict(images=images, annotations=annotations, categories=[dict(id=1, name="cat")]) | more
+    annotations = []
+    for shape in [ring(*A)], dict(size=[64, 96], counts=runs(IN_B)):
+        annotations.append(dict(id=len(annotations), image_id=1, category_id=1, segmentation=shape))
+    image = dict(id=1, height=64, width=96, file_name=file_name)
+    cat = dict(id=1, name="cat")
+    return dict(images=[image], annotations=annotations, categories=[cat])
 
 def yolo_line(label, box):
-    shares = np.array(ring(*box)).reshape(4, 2) / (96, 64)
-    return f"{label} {' '.join(map(str, shares.ravel()))}\n"
+    shares = np.array(ring(*box)) / (96, 64, 96, 64, 96, 64, 96, 64)
+    return f"{label} {' '.join(map(str, shares))}\n"
 
 YOLO = yolo_line(3, A) + "\n" + yolo_line(0, B)
-VOID = np.where(area(A), 1, np.where(area(B), 2, 255 * area(THIRD))).astype(np.uint8)
-BLURRED = np.asarray(Image.fromarray(255 * area(A, B).astype(np.uint8)).resize((48, 32)).resize((96, 64), 2))
+VOID = NUMBERS.copy()
+VOID[40:60, :9] = 255
+HALF = Image.fromarray(BOTH).resize((48, 32))
+ENLARGED = np.array(HALF.resize((96, 64), Image.Resampling.BILINEAR))
 OWN_FORMS = {
     "numbers": ("folder", {"masks/a.png": NUMBERS}),
-    "16 bits": ("folder", {"masks/a.png": 700 * NUMBERS.astype(np.uint16)}),
-    "white is a number": ("folder", {"masks/a.png": 100 * NUMBERS + 55 * area(B).astype(np.uint8)}),
+    "16 bits": ("folder", {"masks/a.png": np.uint16(700) * NUMBERS}),
+    "white is a number": ("folder", {"masks/a.png": 100 * IN_A + 255 * IN_B}),
     "palette": ("folder", {"SegmentationObject/a.png": palette_image(NUMBERS)}),
     "void": ("folder", {"masks/a.png": palette_image(VOID)}),
-    "colours": ("folder", {"masks/a.png": np.stack([0 * NUMBERS, NUMBERS // 2, NUMBERS], 2)}),
-    "files": ("folder", {"masks/a_1.png": area(A), "masks/a_two_2.png": 255 * area(B).astype(np.uint8)}),
-    "folder of files": ("folder", {"annotations/a/1.png": area(A), "annotations/a/2.png": area(B)}),
-    "stack": ("folder", {"masks/a.npy": np.stack([area(A), area(B)])}),
+    "colours": ("folder", {"masks/a.png": np.dstack([IN_A, IN_B, IN_B])}),
+    "files": ("folder", {"masks/a_1.png": IN_A, "masks/a_two_2.png": 255 * IN_B}),
+    "folder of files": ("folder", {"annotations/a/1.png": IN_A, "annotations/a/2.png": IN_B}),
+    "stack": ("folder", {"masks/a.npy": np.stack([IN_A, IN_B])}),
     "outlines": ("yolo", {"labels/a.txt": YOLO}),
     "coco": ("coco", {"mine.json": own_coco()}),
     "coco with a folder in file_name": ("coco", {"mine.json": own_coco("images/a.jpg")}),
@@ -3023,24 +3030,29 @@ OWN_FORMS = {
 def test_own_data_is_read_to_the_pixel(tmp_path, form):
     kind, masks = OWN_FORMS[form]
     dataset = data.load_dataset(own_set(tmp_path, masks), "all")
+    sample, = pickle.loads(pickle.dumps(dataset))
     assert dataset.kind == kind
-    assert np.array_equal(dataset[0].masks(), [area(A), area(B)])
+    assert np.array_equal(sample.masks(), [IN_A, IN_B])
 
-@pytest.mark.parametrize("mask", [
-    area(A, B),
-    area(A, B).astype(np.uint8),
-    255 * area(A, B).astype(np.uint8),
-    np.repeat(255 * area(A, B).astype(np.uint8)[..., None], 3, 2),
-    palette_image(255 * area(A, B).astype(np.uint8)),
-    soft(area(A, B)),
-    np.repeat(soft(area(A, B))[..., None], 3, 2)])
-def test_binary_masks_are_one_object(tmp_path, mask):
-    sample, = data.load_dataset(own_set(tmp_path, {"masks/a.png": mask}), "all")
-    assert np.array_equal(sample.masks(), [area(A, B)])
+BINARY = {
+    "white": BOTH,
+    "bits": BOTH > 0,
+    "ones": BOTH // 255,
+    "rgb": np.dstack([BOTH] * 3),
+    "palette": palette_image(BOTH),
+    "soft": soft(BOTH > 0),
+    "soft rgb": np.dstack([soft(BOTH > 0)] * 3)}
+
+@pytest.mark.parametrize("form", BINARY)
+def test_binary_masks_are_one_object(tmp_path, form):
+    root = own_set(tmp_path, {"masks/a.png": BINARY[form]})
+    sample, = data.load_dataset(root, "all")
+    assert np.array_equal(sample.masks(), [BOTH > 0])
 
 def test_enlarged_masks_are_one_object(tmp_path):
-    sample, = data.load_dataset(own_set(tmp_path, {"masks/a.png": BLURRED}), "all")
-    assert np.array_equal(sample.masks(), [BLURRED >= 128])
+    root = own_set(tmp_path, {"masks/a.png": ENLARGED})
+    sample, = data.load_dataset(root, "all")
+    assert np.array_equal(sample.masks(), [ENLARGED >= 128])
 
 @pytest.mark.parametrize("image, masks", [
     ("imgs/a.jpg", "masks/a.png"),
@@ -3068,7 +3080,8 @@ def test_own_coco_files(tmp_path, image, file, split):
     whole = data.load_dataset(root, split)
     _, (alone,), listing = data.find_splits(root / file)
     assert os.path.samefile(whole[0].clear, root / image)
-    assert os.path.samefile(listing(alone).samples[0].clear, root / image)
+    sample, = listing(alone).samples
+    assert os.path.samefile(sample.clear, root / image)
 
 def test_own_coco_file_takes_no_image_of_another_split(tmp_path):
     root = own_set(tmp_path, {"train.json": own_coco(), "val.json": own_coco()}, "val/a.jpg")
@@ -3079,10 +3092,14 @@ def test_own_val_is_made_by_name(tmp_path):
     names = named("{}", "train", 3) + named("{}", "val")
     for name in names:
         root = own_set(tmp_path, {f"masks/{name}.png": NUMBERS}, f"images/{name}.jpg")
-    for split in ("train", "val"):
-        assert names_of(data.load_dataset(root, split)) == sorted(name for name in names if split_of(name) == split)
+    train, val = (data.load_dataset(root, split) for split in ("train", "val"))
+    assert names_of(train) == names[:3]
+    assert names_of(val) == sorted(names[3:])
 
-@pytest.mark.parametrize("form, labels", [("coco", ("cat", "cat")), ("outlines", ("3", "0")), ("numbers", (None, None))])
+@pytest.mark.parametrize("form, labels", [
+    ("coco", ("cat", "cat")),
+    ("outlines", ("3", "0")),
+    ("numbers", (None, None))])
 def test_own_classes_are_labels(tmp_path, form, labels):
     _, masks = OWN_FORMS[form]
     sample, = data.load_dataset(own_set(tmp_path, masks), "all")
@@ -3098,8 +3115,10 @@ def test_boxes_are_no_outlines(tmp_path):
     ("coco", "own/all (coco): 1 images, 2 masks; 0 files skipped; first: {root}/images/a.jpg with {root}/mine.json"),
     ("numbers", "own/all (folder): 1 images; 0 files skipped; first: {root}/images/a.jpg with {root}/masks/a.png")])
 def test_what_is_recognised_is_said(tmp_path, form, evidence):
-    root = own_set(tmp_path, OWN_FORMS[form][1])
-    assert data.load_dataset(root, "all").summary().endswith(evidence.format(root=root))
+    _, masks = OWN_FORMS[form]
+    root = own_set(tmp_path, masks)
+    dataset = data.load_dataset(root, "all")
+    assert dataset.summary().endswith(evidence.format(root=root))
 
 AMBIGUOUS = {
     "folder={root}": {"masks/a.png": NUMBERS, "labels/a.txt": YOLO},
@@ -3123,17 +3142,18 @@ def test_sets_side_by_side_name_what_settles_it(tmp_path):
     with refused(settled, kind=data.DatasetError):
         data.load_dataset(root, "all")
     dataset, = data.load_datasets([settled], "all")
-    assert os.path.samefile(dataset[0].clear, root / "two" / "images" / "a.jpg")
+    assert os.path.samefile(dataset[0].clear, root / "two/images/a.jpg")
 
 def test_robustseg_stays_itself_beside_mask_images(tmp_path):
     put_split(tmp_path, {"a": (smooth(), squares())}, "train")
-    put(tmp_path / "train" / "masks" / "a_shown.png", 255 * squares()[0].astype(np.uint8))
-    assert data.load_dataset(tmp_path, "train").kind == "robustseg"
+    put(tmp_path / "train" / "masks" / "a_shown.png", BOTH)
+    dataset = data.load_dataset(tmp_path, "train")
+    assert dataset.kind == "robustseg"
 
 @pytest.mark.parametrize("masks, words", [
     ({"masks/a.png": NUMBERS[:40]}, ["masks/a.png", "96 x 40", "96 x 64"]),
-    ({"masks/a_1.png": area(A), "masks/a_2.png": area(B)[:40]}, ["masks/a_2.png", "96 x 40", "96 x 64"]),
-    ({"masks/a_1.png": area(A), "masks/a_2.png": b"no image"}, ["masks/a_2.png", "cannot"]),
+    ({"masks/a_1.png": IN_A, "masks/a_2.png": IN_B[:40]}, ["masks/a_2.png", "96 x 40", "96 x 64"]),
+    ({"masks/a_1.png": IN_A, "masks/a_2.png": b"no image"}, ["masks/a_2.png", "cannot"]),
     ({"masks/a.png": 0 * NUMBERS}, ["masks/a.png", "no mask to use"]),
     ({"labels/a.txt": "0 0.1 0.2 0.3\n"}, ["labels/a.txt", "cannot"])])
 def test_bad_own_masks_are_named(tmp_path, masks, words):
