@@ -17,6 +17,12 @@ points, the same boxes and the same noise. Names are unique within a split: see 
     msra10k     pairs <n>.jpg, <n>.png in one folder
     isic2016    ISBI2016_ISIC_Part1_Training_Data/ beside ..._Training_GroundTruth/, and the same with Test
 
+and your own data, if it is none of these:
+
+    coco        any .json in COCO's form, its images beside it, or in images/ or train/, val/, test/ beside or above
+    folder      images/ beside masks/<stem>.png, <stem>_<anything>.png, <stem>/<anything>.png or <stem>.npy
+    yolo        images/ beside labels/<stem>.txt, the outlines of YOLO's segmentation
+
 The demo dataset has robustseg's layout. A degraded image that is not on the disk is made on the fly; `--corrupt`
 writes the very same pixels to the disk, which evaluation then reads. Training draws anew in each epoch, unless told to
 use what is stored.
@@ -32,7 +38,6 @@ load_dataset, prompts in a file, degraded folders, the demo (assets/painter.py d
 """
 import argparse
 import contextlib
-import fcntl
 import glob
 import io
 import json
@@ -55,8 +60,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
-from os.path import basename, dirname, exists, isdir, join, splitext
+from os.path import basename, dirname, exists, isdir, isfile, join, splitext
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -211,7 +221,7 @@ def alone_in(folder):
         except (BlockingIOError, PermissionError):
             raise DatasetError(f"{folder}: another program is writing there; wait until it has ended, or name another "
                                "folder") from None
-        except OSError as error:  # some network drives have no locks
+        except (OSError, AttributeError) as error:  # some network drives have no locks, nor has Windows these
             print(f"{folder}: cannot be locked ({_why(error)}); let no other program write there", file=sys.stderr)
         yield
 
@@ -745,11 +755,12 @@ class Dataset(Sequence):
         return True
 
     def summary(self):
-        """One line: what it is, images, masks, what is left out and why."""
+        """One line: what it is, by what files that is known, images, masks, what is left out and why."""
         count = "" if self.masks is None else f", {self.masks:,} masks"
         left = f"; left out: {account(self.left_out)}" if self.left_out else ""
+        first = f"; first: {self[0].clear} with {self[0].source}" if self.samples else ""
         return (f"{join(self.root, self.split)} ({self.kind}): {len(self):,} images{count}{left}; "
-                f"{len(self.skipped):,} files skipped")
+                f"{len(self.skipped):,} files skipped{first}")
 
 
 class Union(Dataset):
@@ -941,7 +952,9 @@ def robustseg(root):
         return found
 
     splits = [name for name in sorted(os.listdir(root)) if isdir(join(root, name, "clear"))]
-    return (splits, listing) if splits else None
+    if not splits or not _find(root, "*/masks/*.npy") and folder(root):
+        return None
+    return splits, listing
 
 
 @reader
@@ -1469,28 +1482,174 @@ def lis(root):
     return (list(paths), listing) if paths else None
 
 
+# ---------------------------------------------------------------- readers: your own data
+# Asked where no layout with a name fits. A split is what the path of its masks says: train, val (or valid) or test;
+# where it says nothing, it is "all".
+
+IMAGES = ("images", "clear", "imgs", "JPEGImages")
+MASKS = ("masks", "labels", "annotations", "SegmentationObject")
+
+
+def _by_split(root, kind, listings):
+    """What a reader returns of {path of masks: function(split) -> Listing}. DatasetError if two are of one split."""
+    paths = {}
+    for path in listings:
+        below = os.path.relpath(path, root).lower()
+        *_, split = "all", *re.findall("(?<![a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])", below)
+        if split in paths:
+            raise DatasetError(f"{paths[split]} and {path} both hold masks of {split!r}; choose one: {kind}={path}")
+        paths[split] = path
+    return paths and (sorted(paths), lambda split: listings[paths[split]](split))
+
+
+def coco_form(root):
+    """any .json in COCO's form; its images beside it, or in images/ or train/, val/, test/ beside it or above"""
+    # By file_name, in the folder of the .json, in the one above or the root, and in folders there that are called like
+    # images or like the file's split: those of other splits may hold other images of the same name.
+    paths = _find_all(root, "*.json")
+    if not isdir(root):
+        root, paths = dirname(root), [root]
+
+    def listing(path, split):
+        words = "train|val|test" if split == "all" else split
+        like = re.compile(f"(/?([.]|{'|'.join(IMAGES)}|[^/]*({words})[^/]*))+")
+        homes = []
+        for base in (dirname(path), join(dirname(path), ".."), root):
+            homes += [home for home in _find_all(base, "") if like.fullmatch(os.path.relpath(home, base))]
+
+        def place(image):
+            file = _as_path(_utf8(image["file_name"]))
+            there = [home for home in homes if exists(join(home, file))]
+            return (there or homes)[0], image["file_name"]
+
+        return _coco_listing(path, place)
+
+    listings = {}
+    for path in paths:
+        with open(path, "rb") as file:
+            content = file.read()
+        if b'"images"' in content and b'"segmentation"' in content:
+            listings[path] = partial(listing, path)
+        elif paths == [path]:
+            raise DatasetError(f'{path}: no COCO file: it has no "images" with "segmentation"; export it in that form')
+    return _by_split(root, "coco", listings)
+
+
+def _beside(root, kind, names, patterns, read):
+    """What a reader returns of folders of images and of masks (of these names) side by side, with a folder for each
+    split above or below, or none. read(mask files, sample): see Sample."""
+    def listing(images, folder, _):
+        masks = {}  # {stem: files}
+        for path in _find_all(folder, *patterns):
+            stem, _ = splitext(os.path.relpath(path, folder).replace("/", "_"))
+            while "_" in stem and stem not in images:  # <stem>_<anything>, <stem>/<anything>
+                stem, _, _ = stem.rpartition("_")
+            masks.setdefault(stem, []).append(path)
+        found = _paired(images, {stem: files[0] for stem, files in masks.items()}, None)
+        if not found.samples:
+            raise MissingError(f"{folder}: of {len(images):,} images none has a mask STEM.*, STEM_ANY.* or STEM/ANY.*")
+        for sample in found.samples:
+            sample.read = partial(read, masks[sample.name])
+        return found
+
+    above, chosen = os.path.split(os.path.normpath(root))
+    if chosen in names and not _find(root, *IMAGES):  # root is one of two folders of masks
+        root, names = above, [chosen]
+    listings = {}
+    for home in _find_all(root, *IMAGES):
+        for below in ("", *glob.glob("*/", root_dir=home)):
+            images = _files(join(home, below))
+            for name in names:
+                folder = join(dirname(home), name, below)
+                if images and _find(folder, *patterns):
+                    listings[folder] = partial(listing, images, folder)
+    return _by_split(root, kind, listings)
+
+
+def _objects(path):
+    """Yields (number, bool HxW) for each object in a mask file: each plane of an .npy file, each number of an image.
+
+    One number besides 0 (0/1, 0/255, white) is a binary mask, one object. Of several, each is an object: a map of
+    instances of 8 or 16 bits, the indices of a palette (255 is then void, as Pascal VOC's borders), or colours. But
+    where most pixels between 0 and 255 (or white) differ from the one a knight's move away, they are not areas but the
+    soft edges of a binary mask, which is cut in the middle.
+    """
+    if path.endswith(".npy"):
+        yield from enumerate(read_planes(path))
+        return
+    with _open(path) as file:
+        pixels = np.array(file)
+    if pixels.ndim == 3:
+        pixels = pixels[..., :3] @ (1, 256, 65536)
+    most = pixels.max()
+    between = (pixels > 0) & (pixels < most)
+    alike = pixels == np.roll(pixels, pixels.shape[1] + 2)
+    if between.any():
+        if file.mode == "P":
+            pixels[pixels == 255] = 0
+        elif most in (255, 0xFFFFFF) and alike[between].mean() < 0.4:
+            pixels = pixels > most / 2
+    for number in np.unique(pixels).tolist():
+        if number:
+            yield number, pixels == number
+
+
+def _read_mask_files(files, sample):
+    for k, sample.source in enumerate(files):  # which messages name
+        with explained(sample.source, "cannot read this mask"):
+            for number, mask in _objects(sample.source):
+                yield k << 24 | number, None, mask, None
+    sample.source = files[0]
+
+
+def folder(root):
+    """images/ (or clear/, imgs/, JPEGImages/) beside masks/ (or labels/, annotations/, SegmentationObject/)"""
+    return _beside(root, "folder", MASKS, [f"*{ending}" for ending in (*IMAGE_ENDINGS, ".npy")], _read_mask_files)
+
+
+def _read_yolo(_, sample):
+    """A line is a class's number and the outline's corners, x y x y ..., in shares of the width and height."""
+    height, width = image_size(sample.clear)
+    with open(sample.source, encoding="utf-8-sig") as file:
+        for index, line in enumerate(filter(str.strip, file)):
+            label, *shares = line.split()
+            corners = np.array(shares, float).reshape(-1, 2) * (width, height)
+            yield index, label, polygon_mask([corners], height, width), None
+
+
+def yolo(root):
+    """images/ beside labels/<stem>.txt with the outlines of YOLO's segmentation"""
+    return _beside(root, "yolo", ["labels"], ["*.txt"], _read_yolo)
+
+
+OWN = {"coco": coco_form, "folder": folder, "yolo": yolo}
+
+
 # ---------------------------------------------------------------- load_dataset
 
 def find_splits(root, kind="auto"):
     """(kind, names of the splits, function(split) -> Listing). "auto" is the kind that the folder looks like."""
-    if kind not in ("auto", *KINDS):
-        raise DatasetError(f"no dataset kind {kind!r}; there are: auto, {', '.join(KINDS)}")
+    if kind not in ("auto", *KINDS, *OWN):
+        raise DatasetError(f"no dataset kind {kind!r}; there are: auto, {', '.join(KINDS | OWN)}")
+    if isfile(root):
+        return "coco", *coco_form(root)
     if not isdir(root):
         raise MissingError(f"{root}: no such folder (python data.py demo/ --make-demo makes a small dataset)")
 
-    asked = list(KINDS) if kind == "auto" else [kind]
-    answers = {name: KINDS[name](root) for name in asked}
-    found = [name for name, answer in answers.items() if answer]
-    if len(found) > 1 and "robustseg" not in found:
-        raise DatasetError(f"{root}: holds {' and '.join(found)}; choose one, as in {found[0]}={root}")
-    if found:
-        return found[0], *answers[found[0]]  # robustseg is the first
-
-    if isdir(join(root, "clear")):
-        raise MissingError(f"{root}: this is one split of a dataset; name its parent folder and choose the split")
-    looked_for = "; ".join(f"{name}: {KINDS[name].__doc__}" for name in asked)
+    looked_for = []
+    for readers in (KINDS, OWN):
+        asked = [name for name in readers if kind in ("auto", name)]
+        answers = {name: readers[name](root) for name in asked}
+        found = [name for name, answer in answers.items() if answer]
+        if len(found) > 1 and "robustseg" not in found:
+            raise DatasetError(f"{root}: holds {' and '.join(found)}; choose one, as in {found[0]}={root}")
+        if found:
+            return found[0], *answers[found[0]]  # robustseg is the first
+        if kind == "auto" and isdir(join(root, "clear")) and _find(root, "masks/*.npy"):
+            raise MissingError(f"{root}: this is one split of a dataset; name its parent folder and choose the split")
+        looked_for += [f"{name}: {readers[name].__doc__}" for name in asked]
     holds = ", ".join(sorted(os.listdir(root))[:6]) or "nothing"
-    raise MissingError(f"{root}: no dataset found; looked for {looked_for}. The folder holds: {holds}")
+    raise MissingError(f"{root}: no dataset found; looked for {'; '.join(looked_for)}. The folder holds: {holds}")
 
 
 def load_dataset(root, split, kind="auto", strict=False):
@@ -1507,7 +1666,7 @@ def load_dataset(root, split, kind="auto", strict=False):
     if divide:
         listed = "train" if "train" in splits else "all"
     if listed not in splits:
-        looked = f" (no folder {join(root, split, 'clear')})" if own_layout else ""
+        looked = f" (no folder {join(root, split, 'clear')})" if own_layout else " (train and val can be made of all)"
         raise MissingError(f"{root} ({kind}): no split {split!r}{looked}; there are: {', '.join(splits)}")
 
     samples, masks, left_out, lone = listing(listed)
@@ -1519,7 +1678,8 @@ def load_dataset(root, split, kind="auto", strict=False):
     if divide:
         samples = [s for s in samples if (seed_of(s.name, "val") % 20 == 0) == (split == "val")]
         masks = None
-    folder = join(root, listed) if own_layout else join(root, "degraded", listed)
+    home = root if isdir(root) else splitext(root)[0]  # of coco=FILE.json
+    folder = join(home, listed) if own_layout else join(home, "degraded", listed)
     ready = frozenset(name for name in CORRUPTIONS if isdir(join(folder, name)))
     for sample in samples:
         sample.folder = folder
@@ -1537,7 +1697,7 @@ def load_dataset(root, split, kind="auto", strict=False):
 def path_and_kind(root):
     """As the command lines name a dataset: "lvis=coco/" -> ("coco/", "lvis"), and any other path -> (path, "auto")."""
     kind, _, path = str(root).partition("=")
-    return (path, kind) if kind in KINDS else (root, "auto")
+    return (path, kind) if kind in KINDS | OWN else (root, "auto")
 
 
 def load_datasets(roots, split, strict=False, prompt_files=()):

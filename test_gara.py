@@ -3320,6 +3320,210 @@ def assert_same_run(a, b):
         timeless.append([line | dict(images_per_second=0, waiting=0) for line in lines])
     assert timeless[0] == timeless[1]
 
+# Your own images.
+
+A, B = pair(0)
+IN_A = area(A).astype(np.uint8)
+IN_B = area(B).astype(np.uint8)
+NUMBERS = IN_A + 2 * IN_B
+BOTH = 255 * (IN_A + IN_B)
+
+def palette_image(numbers):
+    """The bytes of a PNG whose palette's indices are these numbers."""
+    image = Image.fromarray(numbers)
+    image.putpalette(np.random.default_rng(0).bytes(768))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+def own_set(root, masks, image="images/a.jpg"):
+    """A set of one's own: an image of A and B, and {path: content}. Returns its folder."""
+    put(root / "own" / image, photo(A, B))
+    for path, content in masks.items():
+        put(root / "own" / path, content)
+    return root / "own"
+
+def own_coco(file_name="a.jpg"):
+    """COCO's JSON of that image."""
+    annotations = []
+    for shape in [ring(*A)], dict(size=[64, 96], counts=runs(IN_B)):
+        annotations.append(dict(id=len(annotations), image_id=1, category_id=1, segmentation=shape))
+    image = dict(id=1, height=64, width=96, file_name=file_name)
+    cat = dict(id=1, name="cat")
+    return dict(images=[image], annotations=annotations, categories=[cat])
+
+def yolo_line(label, box):
+    shares = np.array(ring(*box)) / (96, 64, 96, 64, 96, 64, 96, 64)
+    return f"{label} {' '.join(map(str, shares))}\n"
+
+YOLO = yolo_line(3, A) + "\n" + yolo_line(0, B)
+VOID = NUMBERS.copy()
+VOID[40:60, :9] = 255
+HALF = Image.fromarray(BOTH).resize((48, 32))
+ENLARGED = np.array(HALF.resize((96, 64), Image.Resampling.BILINEAR))
+OWN_FORMS = {
+    "numbers": ("folder", {"masks/a.png": NUMBERS}),
+    "16 bits": ("folder", {"masks/a.png": np.uint16(700) * NUMBERS}),
+    "white is a number": ("folder", {"masks/a.png": 100 * IN_A + 255 * IN_B}),
+    "palette": ("folder", {"SegmentationObject/a.png": palette_image(NUMBERS)}),
+    "void": ("folder", {"masks/a.png": palette_image(VOID)}),
+    "colours": ("folder", {"masks/a.png": np.dstack([IN_A, IN_B, IN_B])}),
+    "files": ("folder", {"masks/a_1.png": IN_A, "masks/a_two_2.png": 255 * IN_B}),
+    "folder of files": ("folder", {"annotations/a/1.png": IN_A, "annotations/a/2.png": IN_B}),
+    "stack": ("folder", {"masks/a.npy": np.stack([IN_A, IN_B])}),
+    "outlines": ("yolo", {"labels/a.txt": YOLO}),
+    "coco": ("coco", {"mine.json": own_coco()}),
+    "coco with a folder in file_name": ("coco", {"mine.json": own_coco("images/a.jpg")}),
+    "coco below": ("coco", {"annotations/mine.json": own_coco()})}
+
+@pytest.mark.parametrize("form", OWN_FORMS)
+def test_own_data_is_read_to_the_pixel(tmp_path, form):
+    kind, masks = OWN_FORMS[form]
+    dataset = data.load_dataset(own_set(tmp_path, masks), "all")
+    sample, = pickle.loads(pickle.dumps(dataset))
+    assert dataset.kind == kind
+    assert np.array_equal(sample.masks(), [IN_A, IN_B])
+
+BINARY = {
+    "white": BOTH,
+    "bits": BOTH > 0,
+    "ones": BOTH // 255,
+    "rgb": np.dstack([BOTH] * 3),
+    "palette": palette_image(BOTH),
+    "soft": soft(BOTH > 0),
+    "soft rgb": np.dstack([soft(BOTH > 0)] * 3)}
+
+@pytest.mark.parametrize("form", BINARY)
+def test_binary_masks_are_one_object(tmp_path, form):
+    root = own_set(tmp_path, {"masks/a.png": BINARY[form]})
+    sample, = data.load_dataset(root, "all")
+    assert np.array_equal(sample.masks(), [BOTH > 0])
+
+def test_enlarged_masks_are_one_object(tmp_path):
+    root = own_set(tmp_path, {"masks/a.png": ENLARGED})
+    sample, = data.load_dataset(root, "all")
+    assert np.array_equal(sample.masks(), [ENLARGED >= 128])
+
+@pytest.mark.parametrize("image, masks", [
+    ("imgs/a.jpg", "masks/a.png"),
+    ("clear/a.jpg", "masks/a.png"),
+    ("JPEGImages/a.jpg", "labels/a.png"),
+    ("train/images/a.jpg", "train/masks/a.png"),
+    ("train/clear/a.jpg", "train/masks/a.png"),
+    ("images/train/a.jpg", "masks/train/a.png"),
+    ("set/images/Training/a.jpg", "set/annotations/Training/a.png")])
+def test_own_folders(tmp_path, image, masks):
+    root = own_set(tmp_path, {masks: NUMBERS}, image)
+    kind, (split,), listing = data.find_splits(root)
+    assert kind == "folder"
+    assert split == ("train" if "rain" in image else "all")
+    assert len(listing(split).samples) == 1
+
+@pytest.mark.parametrize("image, file, split", [
+    ("images/a.jpg", "labels/coco_train.json", "train"),
+    ("train2017/a.jpg", "annotations/train.json", "train"),
+    ("valid/a.jpg", "valid/_annotations.coco.json", "val"),
+    ("test/images/a.jpg", "annotations/instances-test.json", "test"),
+    ("val2017/a.jpg", "annotations/mine.json", "all")])
+def test_own_coco_files(tmp_path, image, file, split):
+    root = own_set(tmp_path, {file: own_coco()}, image)
+    whole = data.load_dataset(root, split)
+    _, (alone,), listing = data.find_splits(root / file)
+    assert os.path.samefile(whole[0].clear, root / image)
+    sample, = listing(alone).samples
+    assert os.path.samefile(sample.clear, root / image)
+
+def test_own_coco_file_takes_no_image_of_another_split(tmp_path):
+    root = own_set(tmp_path, {"train.json": own_coco(), "val.json": own_coco()}, "val/a.jpg")
+    with refused("train.json", "no such image", kind=data.MissingError):
+        data.load_dataset(root, "train")
+
+def test_own_val_is_made_by_name(tmp_path):
+    names = named("{}", "train", 3) + named("{}", "val")
+    for name in names:
+        root = own_set(tmp_path, {f"masks/{name}.png": NUMBERS}, f"images/{name}.jpg")
+    train, val = (data.load_dataset(root, split) for split in ("train", "val"))
+    assert names_of(train) == names[:3]
+    assert names_of(val) == sorted(names[3:])
+
+@pytest.mark.parametrize("form, labels", [
+    ("coco", ("cat", "cat")),
+    ("outlines", ("3", "0")),
+    ("numbers", (None, None))])
+def test_own_classes_are_labels(tmp_path, form, labels):
+    _, masks = OWN_FORMS[form]
+    sample, = data.load_dataset(own_set(tmp_path, masks), "all")
+    assert sample.labels == labels
+
+def test_boxes_are_no_outlines(tmp_path):
+    root = own_set(tmp_path, {"labels/a.txt": YOLO + "1 0.5 0.5 0.2 0.2\n"})
+    sample, = data.load_dataset(root, "all")
+    assert len(sample.masks()) == 2
+    assert sample.left_out == {"empty": 1}
+
+@pytest.mark.parametrize("form, evidence", [
+    ("coco", "own/all (coco): 1 images, 2 masks; 0 files skipped; first: {root}/images/a.jpg with {root}/mine.json"),
+    ("numbers", "own/all (folder): 1 images; 0 files skipped; first: {root}/images/a.jpg with {root}/masks/a.png")])
+def test_what_is_recognised_is_said(tmp_path, form, evidence):
+    _, masks = OWN_FORMS[form]
+    root = own_set(tmp_path, masks)
+    dataset = data.load_dataset(root, "all")
+    assert dataset.summary().endswith(evidence.format(root=root))
+
+AMBIGUOUS = {
+    "folder={root}": {"masks/a.png": NUMBERS, "labels/a.txt": YOLO},
+    "coco={root}": {"masks/a.png": NUMBERS, "mine.json": own_coco()},
+    "coco={root}/other.json": {"mine.json": own_coco(), "other.json": own_coco()},
+    "folder={root}/annotations/": {"masks/a.png": NUMBERS, "annotations/a.png": NUMBERS}}
+
+@pytest.mark.parametrize("settled", AMBIGUOUS)
+def test_ambiguous_sets_name_what_settles_it(tmp_path, settled):
+    root = own_set(tmp_path, AMBIGUOUS[settled])
+    settled = settled.format(root=root)
+    with refused(settled, kind=data.DatasetError):
+        data.load_dataset(root, "all")
+    dataset, = data.load_datasets([settled], "all")
+    assert len(dataset) == 1
+
+def test_sets_side_by_side_name_what_settles_it(tmp_path):
+    own_set(tmp_path, {"one/masks/a.png": NUMBERS}, "one/images/a.jpg")
+    root = own_set(tmp_path, {"two/masks/a.png": NUMBERS}, "two/images/a.jpg")
+    settled = f"folder={root}/two/masks/"
+    with refused(settled, kind=data.DatasetError):
+        data.load_dataset(root, "all")
+    dataset, = data.load_datasets([settled], "all")
+    assert os.path.samefile(dataset[0].clear, root / "two/images/a.jpg")
+
+def test_robustseg_stays_itself_beside_mask_images(tmp_path):
+    put_split(tmp_path, {"a": (smooth(), squares())}, "train")
+    put(tmp_path / "train" / "masks" / "a_shown.png", BOTH)
+    dataset = data.load_dataset(tmp_path, "train")
+    assert dataset.kind == "robustseg"
+
+@pytest.mark.parametrize("masks, words", [
+    ({"masks/a.png": NUMBERS[:40]}, ["masks/a.png", "96 x 40", "96 x 64"]),
+    ({"masks/a_1.png": IN_A, "masks/a_2.png": IN_B[:40]}, ["masks/a_2.png", "96 x 40", "96 x 64"]),
+    ({"masks/a_1.png": IN_A, "masks/a_2.png": b"no image"}, ["masks/a_2.png", "cannot"]),
+    ({"masks/a.png": 0 * NUMBERS}, ["masks/a.png", "no mask to use"]),
+    ({"labels/a.txt": "0 0.1 0.2 0.3\n"}, ["labels/a.txt", "cannot"])])
+def test_bad_own_masks_are_named(tmp_path, masks, words):
+    sample, = data.load_dataset(own_set(tmp_path, masks), "all")
+    with refused(*words, kind=data.SampleError):
+        sample.masks()
+
+@pytest.mark.parametrize("path, masks, words", [
+    ("", {"masks/b.png": NUMBERS}, ["own/masks", "of 1 images none has a mask", "STEM_ANY.*"]),
+    ("", {"mine.json": own_coco("b.jpg")}, ["own/b.jpg: no such image", "mine.json"]),
+    ("", {"masks/a.doc": "text"}, ["no dataset found", "JSON", "beside masks/", "outlines", "holds: images, masks"]),
+    ("mine.json", {"mine.json": dict(shapes=[])}, ["mine.json: no COCO file", '"images"', "export"]),
+    ("mine.json", {"mine.json": '{"images": ["segmentation"'}, ["mine.json", "not a COCO file, or damaged"]),
+    ("mine.json", {}, ["mine.json: no such folder"])])
+def test_mistakes_with_own_data(tmp_path, path, masks, words):
+    root = own_set(tmp_path, masks)
+    words = [word.replace("JSON", ".json in COCO's form") for word in words]
+    with refused(*words, kind=data.DatasetError):
+        data.load_dataset(root / path, "all")
+
 # The loss, the learning rate and the defaults.
 
 def plain_mask_loss(logits, targets):
