@@ -47,7 +47,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -1305,17 +1305,33 @@ def from_file(spec, flag):
 
 # ---------------------------------------------------------------- python sam.py photo.jpg --point 500,375
 
+def draw_mask(overlay, mask, colour):
+    """Tints a mask on a Pillow image and outlines it; returns the width of its lines."""
+    line = max(2, round(max(overlay.size) / 400))
+    solid = Image.fromarray(mask).convert("L")
+    grown = solid.filter(ImageFilter.BoxBlur(line)).point(lambda value: 255 * (value > 0))
+    outline = ImageChops.difference(grown, solid)
+    tinted = Image.blend(overlay, Image.new("RGB", overlay.size, colour), 0.5)
+    overlay.paste(tinted, mask=solid)
+    overlay.paste("white", mask=outline.filter(ImageFilter.GaussianBlur(0.5)))
+    return line
+
+
+def draw_everything(image, records):
+    """A Pillow image: the masks of all records in different colours, small ones upon large ones."""
+    from data import rle_decode
+
+    sheet = Image.fromarray(image)
+    for k, record in enumerate(sorted(records, key=lambda record: -record["area"])):
+        mask = rle_decode(record["segmentation"])
+        draw_mask(sheet, mask, f"hsv({137 * k % 360}, 80%, 100%)")
+    return sheet
+
+
 def draw_overlay(image, mask, points, labels, box):
     """A Pillow image: the image, the mask tinted and outlined, the box, points green (object) or red (background)."""
-    line = max(2, round(max(image.shape[:2]) / 400))
-    solid = Image.fromarray(mask).convert("L")
-    grown = solid.filter(ImageFilter.MaxFilter(2 * line + 1))
-    outline = ImageChops.difference(grown, solid)
     overlay = Image.fromarray(image)
-    blue = Image.new("RGB", overlay.size, (30, 144, 255))
-    overlay.paste(Image.blend(overlay, blue, 0.5), mask=solid)
-    overlay.paste("white", mask=outline.filter(ImageFilter.GaussianBlur(0.5)))
-
+    line = draw_mask(overlay, mask, (30, 144, 255))
     pen = ImageDraw.Draw(overlay)
     if box is not None:
         pen.rectangle(box, outline=(255, 200, 0), width=line)
@@ -1325,22 +1341,8 @@ def draw_overlay(image, mask, points, labels, box):
     return overlay
 
 
-def draw_everything(image, records):
-    """A Pillow image: every mask tinted in a colour of its own and outlined, small ones upon large ones."""
-    from data import rle_decode
-
-    line = max(1, round(max(image.shape) / 500))
-    sheet = image.copy()
-    for k, record in enumerate(sorted(records, key=lambda record: -record["area"])):
-        mask = rle_decode(record["segmentation"])
-        colour = np.array(ImageColor.getrgb(f"hsv({137 * k % 360}, 80%, 100%)"))  # the golden angle: all differ
-        sheet[mask] = (image[mask] + colour) // 2
-        blurred = Image.fromarray(mask).convert("L").filter(ImageFilter.BoxBlur(line))
-        sheet[mask & (np.asarray(blurred) < 255)] = colour
-    return Image.fromarray(sheet)
-
-
-SETTINGS = dict(points_per_side=int, pred_iou_thresh=float, stability_score_thresh=float)  # for --everything
+# Of SamAutomaticMaskGenerator, as flags of --everything.
+SETTINGS = dict(points_per_side=int, pred_iou_thresh=float, stability_score_thresh=float)
 
 
 def parse(argv):
@@ -1364,17 +1366,15 @@ def parse(argv):
     add("--everything", action="store_true", help="find all masks of the image, instead of points or a box")
     add("--json", help="also write the masks and what is known of them, as SamAutomaticMaskGenerator's records")
     for name, kind in SETTINGS.items():
-        add("--" + name.replace("_", "-"), type=kind, metavar="N",
-            help=f"of SamAutomaticMaskGenerator (default {getattr(SamAutomaticMaskGenerator, name)})")
+        add("--" + name.replace("_", "-"), type=kind, metavar="N", default=getattr(SamAutomaticMaskGenerator, name),
+            help="see SamAutomaticMaskGenerator (default %(default)s)")
     args = parser.parse_args(argv)
 
-    args.settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    if args.everything:
-        if args.point or args.box or args.mask:
-            parser.error("--everything takes no --point, --box or --mask")
-    elif args.json or args.settings:
-        parser.error("--json, --points-per-side and thresholds go with --everything")
-    elif not args.point and args.box is None:
+    if args.everything and (args.point or args.box or args.mask):
+        parser.error("--everything takes no --point, --box or --mask")
+    if args.json and not args.everything:
+        parser.error("--json goes with --everything")
+    if not (args.everything or args.point or args.box):
         parser.error("say what to segment: --point X,Y or --box X0,Y0,X1,Y1, or --everything")
     lengths = {len(point) for point in args.point}
     if not lengths <= {2, 3} or args.box and len(args.box) != 4:
@@ -1437,7 +1437,8 @@ def segment_everything(args):
     from data import Progress, read_image, save_png, save_text
 
     image = read_image(args.image)
-    generator = SamAutomaticMaskGenerator(build(args), output_mode="coco_rle", **args.settings)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    generator = SamAutomaticMaskGenerator(build(args), output_mode="coco_rle", **settings)
     progress = Progress("points", len(generator.point_grids[0]))
     records = generator.generate(image, progress.update)
     progress.close()
