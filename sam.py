@@ -351,6 +351,8 @@ class PositionEmbeddingRandom(nn.Module):
             angle = 2 * torch.pi * ((2 * xy - 1) @ matrix)
             return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
+    _pe_encoding = forward  # the official name
+
 
 class PromptEncoder(nn.Module):
     """Points and boxes become sparse tokens (P, T, C), masks a dense map (P, C, H, W) to be added to the image's.
@@ -361,6 +363,10 @@ class PromptEncoder(nn.Module):
     def __init__(self, C, size, image_size):
         super().__init__()
         self.C, self.size, self.image_size = C, size, image_size
+        self.embed_dim, self.num_point_embeddings = C, 4  # these and the next three are the official names
+        self.image_embedding_size = size, size
+        self.input_image_size = image_size, image_size
+        self.mask_input_size = 4 * size, 4 * size
         self.pe_layer = PositionEmbeddingRandom(C // 2)
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, C) for _ in range(4))  # background, object, box corners
         self.not_a_point_embed = nn.Embedding(1, C)
@@ -597,6 +603,8 @@ class MaskDecoder(nn.Module):
 
     Tokens and image attend to each other; then each mask's token becomes a 1x1 convolution over the upscaled image.
     """
+
+    num_mask_tokens = 4
 
     def __init__(self, C, mlp):
         super().__init__()
