@@ -833,10 +833,12 @@ def test_everything_is_sorted_by_score_and_passes_the_thresholds():
     assert min(scores) > 0.7
     assert min(record["stability_score"] for record in records) >= 0.5
 
+GRID = [(x / 5 + 0.1, y / 5 + 0.1) for y in range(5) for x in range(5)]
+
 @pytest.mark.parametrize("settings", [
     dict(points_per_batch=1),
     dict(points_per_batch=7),
-    dict(points_per_side=None, point_grids=[np.stack(np.meshgrid(np.arange(5), np.arange(5)), -1).reshape(-1, 2) / 5 + 0.1])])
+    dict(points_per_side=None, point_grids=[np.array(GRID)])])
 def test_everything_depends_on_its_points_alone(settings):
     expected, found = find(scene(90, 128)), find(scene(90, 128), **settings)
     assert len(found) == len(expected) > 3
@@ -845,19 +847,21 @@ def test_everything_depends_on_its_points_alone(settings):
         assert a["point_coords"][0] == pytest.approx(b["point_coords"][0])
 
 def test_forms_of_masks():
-    masks, lists, strings = (find(scene(), output_mode=mode) for mode in ("binary_mask", "uncompressed_rle", "coco_rle"))
+    masks = find(scene())
+    lists = find(scene(), output_mode="uncompressed_rle")
+    strings = find(scene(), output_mode="coco_rle")
     assert len(masks) > 3
     for mask, runs, text in zip(masks, lists, strings):
-        mask = mask["segmentation"]
+        mask, runs = mask["segmentation"], runs["segmentation"]
         assert mask.dtype == bool
+        assert np.array_equal(data.rle_decode(runs), mask)
+        assert isinstance(runs["counts"], list)
         assert text["segmentation"] == data.rle_encode(mask)
-        assert np.array_equal(data.rle_decode(runs["segmentation"]), mask)
-        assert sum(runs["segmentation"]["counts"][1::2]) == runs["area"]
 
-@pytest.mark.parametrize("fill", [0, 1, None])
-def test_packed_masks_come_back(fill):
+@pytest.mark.parametrize("share", [0, 0.1, 1])
+def test_packed_masks_come_back(share):
     rng = np.random.default_rng(0)
-    mask = rng.random((13, 21)) < (0.1 if fill is None else fill)
+    mask = rng.random((13, 21)) < share
     assert np.array_equal(sam.unpack(sam.pack(mask), mask.shape), mask)
 
 def plain_iou(a, b):
@@ -871,15 +875,16 @@ def plain_iou(a, b):
 def test_suppression_against_loops(threshold):
     rng = np.random.default_rng(0)
     records = [dict(bbox=box) for box in rng.integers(0, 12, (200, 4)).tolist()]
-    scores = rng.integers(0, 20, 200) / 4  # with ties
+    scores = rng.integers(0, 20, 200)  # with ties
     kept = []
-    for k in sorted(range(200), key=lambda k: -scores[k]):
-        if all(plain_iou(records[k]["bbox"], other["bbox"]) <= threshold for other in kept):
+    for k in np.argsort(-scores, stable=True):
+        box = records[k]["bbox"]
+        if all(plain_iou(box, other["bbox"]) <= threshold for other in kept):
             kept.append(records[k])
     assert sam.suppress(records, scores, threshold) == kept
 
-def test_nothing_is_suppressed_to_nothing():
-    assert sam.suppress([], [], 0.7) == []
+def test_where_nothing_is_found_there_are_no_records():
+    assert find(scene(), pred_iou_thresh=2, crop_n_layers=1, min_mask_region_area=9) == []
 
 @pytest.mark.parametrize("height, width", [(97, 301), (400, 150), (64, 64)])
 def test_crops_overlap_and_cover_the_image(height, width):
