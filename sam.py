@@ -9,8 +9,9 @@ SAM answers "which object is meant?" for an image and a prompt, in three parts (
 `Sam` holds the three, `SamPredictor` has the official class's methods (one image, many prompts), and
 
     python sam.py photo.jpg --point 500,375 --out overlay.png --mask mask.png
+    python sam.py photo.jpg --everything --out sheet.png --json masks.json
 
-segments from the command line. Parameter names are the official code's
+segment from the command line, the latter with `SamAutomaticMaskGenerator`. Parameter names are the official code's
 (github.com/facebookresearch/segment-anything). Letters in shape comments: N images, P prompts (each belongs to one
 image), K points and T tokens of a prompt, H x W tokens of an image, d channels of the encoder, C channels of the
 decoder, c channels of a head, M masks of a prompt.
@@ -31,6 +32,7 @@ import ctypes
 import dataclasses
 import functools
 import importlib.util
+import json
 import math
 import os
 import pickle
@@ -349,6 +351,8 @@ class PositionEmbeddingRandom(nn.Module):
             angle = 2 * torch.pi * ((2 * xy - 1) @ matrix)
             return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
+    _pe_encoding = forward  # the official name
+
 
 class PromptEncoder(nn.Module):
     """Points and boxes become sparse tokens (P, T, C), masks a dense map (P, C, H, W) to be added to the image's.
@@ -359,6 +363,10 @@ class PromptEncoder(nn.Module):
     def __init__(self, C, size, image_size):
         super().__init__()
         self.C, self.size, self.image_size = C, size, image_size
+        self.embed_dim, self.num_point_embeddings = C, 4  # these and the next three are the official names
+        self.image_embedding_size = size, size
+        self.input_image_size = image_size, image_size
+        self.mask_input_size = 4 * size, 4 * size
         self.pe_layer = PositionEmbeddingRandom(C // 2)
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, C) for _ in range(4))  # background, object, box corners
         self.not_a_point_embed = nn.Embedding(1, C)
@@ -596,6 +604,8 @@ class MaskDecoder(nn.Module):
     Tokens and image attend to each other; then each mask's token becomes a 1x1 convolution over the upscaled image.
     """
 
+    num_mask_tokens = 4
+
     def __init__(self, C, mlp):
         super().__init__()
         self.transformer = TwoWayTransformer(C, heads=8, mlp=mlp)
@@ -800,6 +810,9 @@ def build_sam(backbone="vit_b", checkpoint=None, image_size=None):
 
 sam_model_registry = {name: functools.partial(build_sam, name) for name in BACKBONES}  # the official notebooks' entry
 sam_model_registry["default"] = sam_model_registry["vit_h"]
+build_sam_vit_b = sam_model_registry["vit_b"]
+build_sam_vit_l = sam_model_registry["vit_l"]
+build_sam_vit_h = sam_model_registry["vit_h"]
 
 
 def resize_positions(weights, like):
@@ -1073,6 +1086,194 @@ def checked(name, value, shape, device):
     return value
 
 
+# ---------------------------------------------------------------- automatic masks: everything in an image
+# Each point of a grid is answered by three masks, many of them wrong and most of them found by several points. Three
+# filters leave one mask of each thing: the IoU that the model predicts, the stability of the mask, and of masks whose
+# boxes nearly coincide only the best. For small things all this is repeated on crops of the image.
+
+CROP_EDGE = 20  # pixels: a mask that ends so near to the edge of its crop was probably cut off there
+
+
+@dataclasses.dataclass(eq=False)
+class SamAutomaticMaskGenerator:
+    """Finds the masks of everything in an image. Arguments and records are the official class's."""
+
+    model: Sam
+    points_per_side: int = 32                # of the grid
+    points_per_batch: int = 64               # how many are decoded at once
+    pred_iou_thresh: float = 0.88            # masks for which the model predicts no higher IoU are left out,
+    stability_score_thresh: float = 0.95     # so are those of less stability, the IoU of the masks at two thresholds
+    stability_score_offset: float = 1.0      # that lie so far above and below the model's own,
+    box_nms_thresh: float = 0.7              # and so is the worse of two masks whose boxes have a higher IoU
+    crop_n_layers: int = 0                   # layer i of crops cuts the image in 2^i x 2^i that overlap
+    crop_nms_thresh: float = 0.7             # as box_nms_thresh, between crops: the mask of the smaller crop stays
+    crop_overlap_ratio: float = 512 / 1500   # in layer 1, of the shorter side of the image; half in the next
+    crop_n_points_downscale_factor: int = 1  # layer i has points_per_side / factor^i points a side
+    point_grids: list = None                 # instead of points_per_side: (n, 2) xy in 0..1 for each layer
+    min_mask_region_area: int = 0            # holes and islands of fewer pixels are filled and removed
+    output_mode: str = "binary_mask"         # bool HxW; COCO's run lengths: uncompressed_rle (a list) or coco_rle (str)
+
+    def __post_init__(self):
+        if self.output_mode not in ("binary_mask", "uncompressed_rle", "coco_rle"):
+            raise ValueError(f"output_mode is {self.output_mode!r}: choose binary_mask, uncompressed_rle or coco_rle")
+        if self.point_grids is None:
+            self.point_grids = [self.grid(layer) for layer in range(self.crop_n_layers + 1)]
+        self.predictor = SamPredictor(self.model)
+
+    def grid(self, layer):
+        """The points of each crop of a layer: (n, 2) xy in 0..1, row by row."""
+        side = int(self.points_per_side / self.crop_n_points_downscale_factor ** layer)
+        if side < 1:
+            raise ValueError(f"points_per_side {self.points_per_side}: no point is left for layer {layer}")
+        margin = 1 / (2 * side)
+        centres = np.linspace(margin, 1 - margin, side)
+        return np.stack(np.meshgrid(centres, centres), axis=-1).reshape(-1, 2)
+
+    def crops(self, layer, height, width):
+        """Boxes (x, y, width, height) of a layer's crops. Layer 0 is the whole image."""
+        n = 2 ** layer
+        overlap = int(self.crop_overlap_ratio * min(height, width) * 2 / n)
+        across, down = math.ceil((width - overlap) / n), math.ceil((height - overlap) / n)  # from one to the next
+        boxes = []
+        for k in range(n * n):
+            x, y = k // n * across, k % n * down
+            boxes.append([x, y, min(across + overlap, width - x), min(down + overlap, height - y)])
+        return boxes
+
+    @torch.no_grad()
+    def generate(self, image, progress=lambda points: None):
+        """uint8 HxWx3 RGB -> a list of records, dicts of
+
+        segmentation     the mask, in the form of output_mode
+        area             its pixels
+        bbox             x, y, width, height, where the width is its last column less its first
+        predicted_iou    what the model expects
+        point_coords     [[x, y]] of the point that it answers
+        stability_score  see the arguments
+        crop_box         x, y, width, height of the crop that it was found in
+
+        progress: called with the number of points answered since its last call.
+        """
+        size = np.shape(image)[:2]
+        records = []
+        for layer in range(self.crop_n_layers + 1):
+            for crop in self.crops(layer, *size):
+                records += self.search(image, crop, self.point_grids[layer], progress)
+        if self.crop_n_layers > 0:
+            areas = torch.tensor([math.prod(record["crop_box"][2:]) for record in records])
+            records = suppress(records, -areas, self.crop_nms_thresh)
+        if self.min_mask_region_area > 0:
+            records = self.tidy(records, size)
+        for record in records:
+            mask = unpack(record, size)
+            record.update(segmentation=in_form(mask, self.output_mode), area=int(mask.sum()))
+        return records
+
+    def search(self, image, crop, points, progress):
+        """The records that the points of a crop give, (n, 2) in 0..1, without duplicates. Their masks are packed."""
+        x, y, width, height = crop
+        predictor, threshold, offset = self.predictor, self.model.mask_threshold, self.stability_score_offset
+        predictor.set_image(image[y:y + height, x:x + width])
+        points = points * [width, height]
+        coords = torch.from_numpy(predictor.transform.apply_coords(points, (height, width)))
+        records = []
+        for first in range(0, len(points), self.points_per_batch):
+            some = coords[first:first + self.points_per_batch, None].to(predictor.device)  # (P, 1, 2)
+            prompts = some, torch.ones_like(some[..., 0])
+            low_res, scores = self.model.decode(predictor.features, prompts, multimask_output=True,
+                                                prepared=predictor.prepare())  # (P, 3, 4H, 4W), (P, 3)
+            good = (scores > self.pred_iou_thresh) | (self.pred_iou_thresh <= 0)
+            for k, which in good.nonzero().tolist():  # only these are scaled up, one by one
+                logits = low_res[k, which][None, None]
+                logits = self.model.postprocess_masks(logits, predictor.input_size, predictor.original_size)[0, 0]
+                stability = (logits > threshold + offset).sum() / (logits > threshold - offset).sum()
+                if not (stability >= self.stability_score_thresh or self.stability_score_thresh <= 0):
+                    continue
+                mask = np.zeros(image.shape[:2], bool)
+                mask[y:y + height, x:x + width] = (logits > threshold).cpu()
+                point = points[first + k] + [x, y]
+                record = dict(pack(mask), predicted_iou=scores[k, which].item(), point_coords=[point.tolist()],
+                              stability_score=stability.item(), crop_box=crop)
+                if not cut_off(record, mask.shape):
+                    records.append(record)
+            progress(len(some))
+        predictor.reset_image()
+        return suppress(records, [record["predicted_iou"] for record in records], self.box_nms_thresh)
+
+    def tidy(self, records, size):
+        """Records of masks without holes, then without islands (but for the largest) that are small, and without new
+        duplicates: masks that had none go first. Pixels that share a corner are connected, in holes as well."""
+        from data import components  # here, so that the model itself needs no other file
+
+        area, whole = self.min_mask_region_area, []
+        for record in records:
+            holes, areas = components(~unpack(record, size))
+            small_holes = areas < area
+            islands, areas = components(np.append(True, small_holes)[holes])
+            small_islands = areas < area
+            whole.append(not (small_holes.any() or small_islands.any()))
+            if len(areas):
+                small_islands[areas.argmax()] = False
+            record.update(pack(np.append(False, ~small_islands)[islands]))
+        return suppress(records, whole, max(self.box_nms_thresh, self.crop_nms_thresh))
+
+
+def pack(mask):
+    """bool HxW -> two entries of a record: the mask in few bytes, as there are thousands, and its box."""
+    left, top, right, bottom = Image.fromarray(mask.view(np.uint8)).getbbox() or (0, 0, 1, 1)
+    box = [left, top, right - 1 - left, bottom - 1 - top]
+    return dict(segmentation=zlib.compress(np.packbits(mask), 1), bbox=box)
+
+
+def unpack(record, size):
+    """The mask of a record again, bool HxW."""
+    packed = np.frombuffer(zlib.decompress(record["segmentation"]), np.uint8)
+    return np.unpackbits(packed, count=math.prod(size)).view(bool).reshape(size)
+
+
+def in_form(mask, output_mode):
+    """bool HxW -> the same, or COCO's run lengths of it."""
+    if output_mode == "binary_mask":
+        return mask
+    if output_mode == "coco_rle":
+        from data import rle_encode
+        return rle_encode(mask)
+    edges = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False))
+    runs = np.diff(edges, prepend=0, append=mask.size)
+    return dict(size=list(mask.shape), counts=runs.tolist())
+
+
+def cut_off(record, size):
+    """Whether a mask ends near to an edge of its crop that is none of the image (height, width)."""
+    for axis in (0, 1):
+        start, length = record["bbox"][axis::2]
+        crop_start, crop_length = record["crop_box"][axis::2]
+        if CROP_EDGE < start <= crop_start + CROP_EDGE:
+            return True
+        if crop_start + crop_length - CROP_EDGE <= start + length < size[1 - axis] - CROP_EDGE:
+            return True
+    return False
+
+
+def suppress(records, scores, threshold):
+    """Non-maximum suppression: the records from the highest score to the lowest, equal ones in their order, but for
+    those whose box has an IoU above the threshold with the box of one that stays."""
+    boxes = torch.tensor([record["bbox"] for record in records], dtype=torch.float32)
+    starts, sides = boxes.view(-1, 2, 2).unbind(1)
+    ends, areas = starts + sides, sides.prod(1)
+    gone = torch.zeros(len(records), dtype=torch.bool)
+    kept = []
+    for k in torch.as_tensor(scores).sort(descending=True, stable=True).indices.tolist():
+        if gone[k]:
+            continue
+        kept.append(records[k])
+        overlap = torch.minimum(ends[k], ends) - torch.maximum(starts[k], starts)
+        overlap = overlap.clamp(min=0).prod(1)
+        iou = overlap / (areas[k] + areas - overlap)  # 0 / 0 for two boxes without an area: both stay
+        gone |= iou.double() > threshold
+    return kept
+
+
 # ---------------------------------------------------------------- for command lines: memory, and other people's code
 
 def keep_freed_memory():
@@ -1112,17 +1313,33 @@ def from_file(spec, flag):
 
 # ---------------------------------------------------------------- python sam.py photo.jpg --point 500,375
 
+def draw_mask(overlay, mask, colour):
+    """Tints a mask on a Pillow image and outlines it; returns the width of its lines."""
+    line = max(2, round(max(overlay.size) / 400))
+    solid = Image.fromarray(mask).convert("L")
+    grown = solid.filter(ImageFilter.BoxBlur(line)).point(lambda value: 255 * (value > 0))
+    outline = ImageChops.difference(grown, solid)
+    tinted = Image.blend(overlay, Image.new("RGB", overlay.size, colour), 0.5)
+    overlay.paste(tinted, mask=solid)
+    overlay.paste("white", mask=outline.filter(ImageFilter.GaussianBlur(0.5)))
+    return line
+
+
+def draw_everything(image, records):
+    """A Pillow image: the masks of all records in different colours, small ones upon large ones."""
+    from data import rle_decode
+
+    sheet = Image.fromarray(image)
+    for k, record in enumerate(sorted(records, key=lambda record: -record["area"])):
+        mask = rle_decode(record["segmentation"])
+        draw_mask(sheet, mask, f"hsv({137 * k % 360}, 80%, 100%)")
+    return sheet
+
+
 def draw_overlay(image, mask, points, labels, box):
     """A Pillow image: the image, the mask tinted and outlined, the box, points green (object) or red (background)."""
-    line = max(2, round(max(image.shape[:2]) / 400))
-    solid = Image.fromarray(mask).convert("L")
-    grown = solid.filter(ImageFilter.MaxFilter(2 * line + 1))
-    outline = ImageChops.difference(grown, solid)
     overlay = Image.fromarray(image)
-    blue = Image.new("RGB", overlay.size, (30, 144, 255))
-    overlay.paste(Image.blend(overlay, blue, 0.5), mask=solid)
-    overlay.paste("white", mask=outline.filter(ImageFilter.GaussianBlur(0.5)))
-
+    line = draw_mask(overlay, mask, (30, 144, 255))
     pen = ImageDraw.Draw(overlay)
     if box is not None:
         pen.rectangle(box, outline=(255, 200, 0), width=line)
@@ -1130,6 +1347,10 @@ def draw_overlay(image, mask, points, labels, box):
         colour = (40, 170, 60) if label else (215, 40, 40)
         pen.circle((x, y), 4 * line, fill=colour, outline="white", width=line)
     return overlay
+
+
+# Of SamAutomaticMaskGenerator, as flags of --everything.
+SETTINGS = dict(points_per_side=int, pred_iou_thresh=float, stability_score_thresh=float)
 
 
 def parse(argv):
@@ -1150,14 +1371,23 @@ def parse(argv):
     add("--out", default="overlay.png", help="PNG with the mask drawn on the image (default overlay.png)")
     add("--mask", help="also write the mask alone: a PNG, 255 inside, 0 outside")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--everything", action="store_true", help="find all masks of the image, instead of points or a box")
+    add("--json", help="also write the masks and what is known of them, as SamAutomaticMaskGenerator's records")
+    for name, kind in SETTINGS.items():
+        add("--" + name.replace("_", "-"), type=kind, metavar="N", default=getattr(SamAutomaticMaskGenerator, name),
+            help="see SamAutomaticMaskGenerator (default %(default)s)")
     args = parser.parse_args(argv)
 
-    if not args.point and args.box is None:
-        parser.error("say what to segment: --point X,Y or --box X0,Y0,X1,Y1")
+    if args.everything and (args.point or args.box or args.mask):
+        parser.error("--everything takes no --point, --box or --mask")
+    if args.json and not args.everything:
+        parser.error("--json goes with --everything")
+    if not (args.everything or args.point or args.box):
+        parser.error("say what to segment: --point X,Y or --box X0,Y0,X1,Y1, or --everything")
     lengths = {len(point) for point in args.point}
     if not lengths <= {2, 3} or args.box and len(args.box) != 4:
         parser.error("--point takes 2 or 3 numbers (X,Y or X,Y,0), --box takes 4 (X0,Y0,X1,Y1)")
-    for path in (args.out, args.mask):
+    for path in (args.out, args.mask, args.json):
         folder = os.path.dirname(path or "")
         if folder and not os.path.isdir(folder):
             parser.error(f"cannot write {path}: there is no folder {folder}")
@@ -1177,20 +1407,25 @@ def check_prompt(args, height, width):
         raise ValueError(f"--box {x0:g},{y0:g},{x1:g},{y1:g}: needs x0 < x1 and y0 < y1")
 
 
-def segment(args):
-    """Write the overlay and the mask, and print a line about it."""
-    from data import read_image, save_png  # here, so that the model itself needs no other file
+def build(args):
+    """The model that the command line names."""
     from gara import load_adapter, read_adapter
 
-    image = read_image(args.image)
-    check_prompt(args, *image.shape[:2])
     size = read_adapter(args.adapter)["image_size"] if args.adapter else None
     checkpoint = args.checkpoint or find_checkpoint(args.backbone)
     sam = build_sam(args.backbone, checkpoint, size).to(args.device)
     if args.adapter:
         load_adapter(sam, args.adapter)
+    return sam
 
-    predictor = SamPredictor(sam)
+
+def segment(args):
+    """Write the overlay and the mask, and print a line about it."""
+    from data import read_image, save_png  # here, so that the model itself needs no other file
+
+    image = read_image(args.image)
+    check_prompt(args, *image.shape[:2])
+    predictor = SamPredictor(build(args))
     predictor.set_image(image)
     coords = [point[:2] for point in args.point]
     labels = [point[2] if len(point) == 3 else 1 for point in args.point]
@@ -1205,6 +1440,23 @@ def segment(args):
           f"predicted IoU {scores[best]:.3f}")
 
 
+def segment_everything(args):
+    """Write the sheet of all masks and their records, and print a line about them."""
+    from data import Progress, read_image, save_png, save_text
+
+    image = read_image(args.image)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    generator = SamAutomaticMaskGenerator(build(args), output_mode="coco_rle", **settings)
+    progress = Progress("points", len(generator.point_grids[0]))
+    records = generator.generate(image, progress.update)
+    progress.close()
+
+    save_png(draw_everything(image, records), args.out)
+    if args.json:
+        save_text(json.dumps(records), args.json)
+    print(f"{args.out}: {len(records):,} masks")
+
+
 def main(argv=None):
     """Segment one image from the command line; returns the exit code. A user's mistake ends in one line."""
     from data import DatasetError
@@ -1212,7 +1464,7 @@ def main(argv=None):
     args = parse(argv)
     keep_freed_memory()
     try:
-        segment(args)
+        segment_everything(args) if args.everything else segment(args)
     except (DatasetError, ValueError, OSError, RuntimeError, AssertionError) as error:  # the last: torch without CUDA
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2

@@ -784,6 +784,215 @@ def test_gradients_flow_except_in_the_predictor(predictor):
     _, _, low_res = predictor.predict_torch(None, None, torch.tensor([[1., 1, 9, 9]]))
     assert not low_res.requires_grad
 
+# ---- Automatic masks ------------------------------------------------------------------------------------------------
+
+# golden.json's "everything": arguments, and of each record that official SamAutomaticMaskGenerator gave for the shipped
+# vit_t and scene(128, 128): point, bbox, crop_box, area, predicted IoU, stability.
+
+@functools.cache
+def shipped():
+    return sam.build_sam("vit_t", os.path.join(HERE, "assets", "sam_vit_t.pth"))
+
+def find(image, model=None, **settings):
+    """Records of everything that passes low thresholds."""
+    low = dict(points_per_side=5, pred_iou_thresh=0.6, stability_score_thresh=0.4)
+    return sam.SamAutomaticMaskGenerator(model or shipped(), **low | settings).generate(image)
+
+def test_everything_that_the_official_code_finds():
+    found = find(scene(128, 128), **GOLDEN["everything"]["arguments"])
+    expected = GOLDEN["everything"]["records"]
+    assert len(found) == len(expected)
+    for record, (*places, area, iou, stability) in zip(found, expected):
+        assert [*record["point_coords"][0], *record["bbox"], *record["crop_box"]] == places
+        assert record["area"] == pytest.approx(area, abs=1)
+        assert record["predicted_iou"] == pytest.approx(iou, abs=1e-4)
+        assert record["stability_score"] == pytest.approx(stability, abs=1e-4)
+
+@pytest.mark.parametrize("model", [None, "gara"])
+def test_records_are_what_the_predictor_says_of_their_points(model):
+    model, image = tiny(model) if model else shipped(), scene(97, 150)
+    predictor = sam.SamPredictor(model)
+    predictor.set_image(image)
+    records = find(image, model, pred_iou_thresh=0, box_nms_thresh=1)
+    assert records
+    for record in records:
+        logits, scores, _ = predictor.predict(record["point_coords"], [1], return_logits=True)
+        which = np.abs(scores - record["predicted_iou"]).argmin()
+        assert scores[which] == pytest.approx(record["predicted_iou"], abs=1e-4)
+        mask, logits = record["segmentation"], logits[which]
+        assert (mask != (logits > 0)).sum() <= 1
+        assert record["area"] == mask.sum()
+        stability = (logits > 1).sum() / (logits > -1).sum()
+        assert record["stability_score"] == pytest.approx(stability, abs=1e-2)
+        rows, columns = mask.nonzero()
+        x, y, width, height = record["bbox"]
+        assert (x, x + width) == (columns.min(), columns.max())
+        assert (y, y + height) == (rows.min(), rows.max())
+        assert record["crop_box"] == [0, 0, 150, 97]
+
+def test_everything_is_sorted_by_score_and_passes_the_thresholds():
+    records = find(scene(128, 128), pred_iou_thresh=0.7, stability_score_thresh=0.5)
+    scores = [record["predicted_iou"] for record in records]
+    assert scores == sorted(scores, reverse=True)
+    assert min(scores) > 0.7
+    assert min(record["stability_score"] for record in records) >= 0.5
+
+GRID = [(x / 5 + 0.1, y / 5 + 0.1) for y in range(5) for x in range(5)]
+
+@pytest.mark.parametrize("settings", [
+    dict(points_per_batch=1),
+    dict(points_per_batch=7),
+    dict(points_per_side=None, point_grids=[np.array(GRID)])])
+def test_everything_depends_on_its_points_alone(settings):
+    expected, found = find(scene(90, 128)), find(scene(90, 128), **settings)
+    assert len(found) == len(expected) > 3
+    for a, b in zip(found, expected):
+        assert a["bbox"] == b["bbox"]
+        assert a["point_coords"][0] == pytest.approx(b["point_coords"][0])
+
+def test_forms_of_masks():
+    masks = find(scene())
+    lists = find(scene(), output_mode="uncompressed_rle")
+    strings = find(scene(), output_mode="coco_rle")
+    assert len(masks) > 3
+    for mask, runs, text in zip(masks, lists, strings):
+        mask, runs = mask["segmentation"], runs["segmentation"]
+        assert mask.dtype == bool
+        assert np.array_equal(data.rle_decode(runs), mask)
+        assert isinstance(runs["counts"], list)
+        assert text["segmentation"] == data.rle_encode(mask)
+
+@pytest.mark.parametrize("share", [0, 0.1, 1])
+def test_packed_masks_come_back(share):
+    rng = np.random.default_rng(0)
+    mask = rng.random((13, 21)) < share
+    assert np.array_equal(sam.unpack(sam.pack(mask), mask.shape), mask)
+
+def plain_iou(a, b):
+    (ax, ay, aw, ah), (bx, by, bw, bh) = a, b
+    width = max(0, min(ax + aw, bx + bw) - max(ax, bx))
+    height = max(0, min(ay + ah, by + bh) - max(ay, by))
+    union = aw * ah + bw * bh - width * height
+    return float(np.float32(width * height) / np.float32(union)) if union else 0
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
+def test_suppression_against_loops(threshold):
+    rng = np.random.default_rng(0)
+    records = [dict(bbox=box) for box in rng.integers(0, 12, (200, 4)).tolist()]
+    scores = rng.integers(0, 20, 200)  # with ties
+    kept = []
+    for k in np.argsort(-scores, stable=True):
+        box = records[k]["bbox"]
+        if all(plain_iou(box, other["bbox"]) <= threshold for other in kept):
+            kept.append(records[k])
+    assert sam.suppress(records, scores, threshold) == kept
+
+def test_where_nothing_is_found_there_are_no_records():
+    assert find(scene(), pred_iou_thresh=2, crop_n_layers=1, min_mask_region_area=9) == []
+
+@pytest.mark.parametrize("height, width", [(97, 301), (400, 150), (64, 64)])
+def test_crops_overlap_and_cover_the_image(height, width):
+    generator = sam.SamAutomaticMaskGenerator(shipped())
+    assert generator.crops(0, height, width) == [[0, 0, width, height]]
+    for layer in (1, 2):
+        crops = generator.crops(layer, height, width)
+        assert len(crops) == 4 ** layer
+        times = np.zeros((height, width), int)
+        for x, y, across, down in crops:
+            assert times[y:y + down, x:x + across].shape == (down, across)  # lies within
+            times[y:y + down, x:x + across] += 1
+        assert times.min() == 1
+        assert times.max() == 4  # in corners
+
+@pytest.mark.parametrize("box, expected", [
+    ([121, 150, 30, 30], False),
+    ([120, 150, 30, 30], True),
+    ([150, 120, 30, 30], True),
+    ([150, 150, 29, 30], False),
+    ([150, 150, 30, 30], True),
+    ([150, 150, 29, 151], False)])  # the crop ends where the image does
+def test_masks_that_are_cut_off(box, expected):
+    record = dict(bbox=box, crop_box=[100, 100, 100, 220])
+    assert sam.cut_off(record, (320, 400)) == expected
+
+def test_small_regions_are_filled_and_removed():
+    mask = np.zeros((20, 20), bool)
+    mask[2:12, 2:12] = True
+    expected = mask.copy()
+    mask[4:6, 4:6] = False
+    mask[6, 6] = False  # one hole of 5 pixels: corners connect
+    mask[15, 15:18] = mask[16, 18] = True  # an island of 4
+    small = np.zeros((20, 20), bool)
+    small[18:20, 1:3] = True  # all there is
+    records = [sam.pack(mask) | dict(name=0), sam.pack(small) | dict(name=1), sam.pack(expected) | dict(name=2)]
+    generator = sam.SamAutomaticMaskGenerator(shipped(), min_mask_region_area=6)
+    untouched, tidied = generator.tidy(records, (20, 20))
+    assert untouched["name"] == 2  # it goes first and suppresses what has become the same
+    assert np.array_equal(sam.unpack(tidied, (20, 20)), small)
+
+def test_regions_of_the_least_area_stay():
+    mask = np.ones((9, 9), bool)
+    mask[2:4, 2:4] = False
+    for area, stays in ((4, True), (5, False)):
+        generator = sam.SamAutomaticMaskGenerator(shipped(), min_mask_region_area=area)
+        tidied = generator.tidy([sam.pack(mask)], mask.shape)[0]
+        assert np.array_equal(sam.unpack(tidied, mask.shape), mask) == stays
+
+def test_progress_counts_every_point():
+    counts = []
+    generator = sam.SamAutomaticMaskGenerator(shipped(), points_per_side=4, points_per_batch=5, crop_n_layers=1,
+                                              crop_n_points_downscale_factor=2)
+    generator.generate(scene(), counts.append)
+    assert sum(counts) == 16 + 4 * 4
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(output_mode="png"), "png"),
+    (dict(points_per_side=0), "points_per_side 0"),
+    (dict(points_per_side=2, crop_n_layers=2, crop_n_points_downscale_factor=2), "layer 2")])
+def test_settings_of_automatic_masks_that_make_no_sense(settings, words):
+    with refused(words):
+        sam.SamAutomaticMaskGenerator(shipped(), **settings)
+
+def test_names_that_the_official_onnx_model_uses():
+    encoder, decoder = shipped().prompt_encoder, shipped().mask_decoder
+    assert encoder.embed_dim == encoder.no_mask_embed.weight.shape[1]
+    assert encoder.num_point_embeddings == len(encoder.point_embeddings)
+    assert decoder.num_mask_tokens == len(decoder.mask_tokens.weight)
+    assert encoder.input_image_size == (128, 128)
+    assert encoder.image_embedding_size == (16, 16)
+    assert encoder.mask_input_size == (64, 64)
+    xy = torch.rand(3, 2)
+    assert torch.equal(encoder.pe_layer._pe_encoding(xy), encoder.pe_layer(xy))
+
+EVERYTHING = ["--everything", "--points-per-side", "5", "--pred-iou-thresh", "0.6", "--stability-score-thresh", "0.4"]
+
+def test_everything_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(scene()).save("photo.png")
+    assert run_cli(sam.main, "photo.png", "--backbone", "vit_t", *EVERYTHING, "--out", "o.png", "--json", "m.json") == 0
+    with open("m.json") as file:
+        assert json.load(file) == find(scene(), output_mode="coco_rle")
+    printed = capsys.readouterr()
+    assert "masks" in printed.out
+    assert "25/25" in printed.err
+    sheet = np.asarray(Image.open("o.png"))
+    mask = find(scene())[0]["segmentation"]
+    assert (sheet != scene())[mask].any(1).mean() > 0.9
+    assert {path.name for path in everything(tmp_path)} == {"photo.png", "o.png", "m.json"}
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--everything", "--point", "1,1"], "--everything takes no"),
+    (["--everything", "--mask", "m.png"], "--everything takes no"),
+    (["--point", "1,1", "--json", "m.json"], "--json goes with"),
+    (["--everything", "--points-per-side", "0"], "points_per_side 0"),
+    (["--everything", "--points-per-side", "x"], "--points-per-side"),
+    (["--everything", "--json", "no/m.json"], "no/m.json")])
+def test_mistakes_with_everything_end_in_one_line(tmp_path, tiny_files, capsys, arguments, words):
+    before = everything(tmp_path)
+    assert run_cli(sam.main, *tiny_files[:-2], *arguments) == 2
+    assert one_error(capsys, words)
+    assert everything(tmp_path) == before
+
 # ---- SAM: files and command line ------------------------------------------------------------------------------------
 
 POS_EMBED, BIAS = "image_encoder.pos_embed", "mask_decoder.iou_prediction_head.layers.2.bias"
