@@ -499,13 +499,13 @@ class Sample:
     left_out: Counter = field(default_factory=Counter)  # the regions that masks() left out, by reason
     _kept: tuple = None  # indices and labels of the planes of masks()
 
-    def image(self, condition="clear", seed=None):
+    def image(self, condition="clear", seed=None, stored=True):
         """uint8 HxWx3. A degraded image is read from its folder if it is there, else made from `seed`.
 
         A condition may carry a strength: "fog@0.5" is made from the same seed as "fog".
         """
         corruption, _ = name_and_strength(condition)
-        if condition in self.ready:
+        if stored and condition in self.ready:
             for ending in IMAGE_ENDINGS:
                 path = join(self.folder, condition, self.name + ending)
                 if exists(path):

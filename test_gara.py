@@ -2942,9 +2942,13 @@ def train_refuses(demo, out, capsys, words, *more):
     one_error(capsys, words)
     assert everything(demo) == before
 
+def log_lines(folder):
+    """The lines of a run's log."""
+    return [json.loads(line) for line in open(folder / "log.jsonl")]
+
 def log_of(folder, key):
     """The lines of a run's log that have this key."""
-    return [line for line in train.Log(folder).lines() if key in line]
+    return [line for line in log_lines(folder) if key in line]
 
 def last(folder):
     return torch.load(folder / "last.pt", weights_only=True)
@@ -2966,8 +2970,7 @@ def assert_same_run(a, b):
     assert one["meta"]["validation"] == two["meta"]["validation"]
     timeless = []
     for folder in (a, b):
-        lines = train.Log(folder).lines()
-        timeless.append([line | dict(images_per_second=0, waiting=0) for line in lines])
+        timeless.append([line | dict(images_per_second=0, waiting=0) for line in log_lines(folder)])
     assert timeless[0] == timeless[1]
 
 # The loss, the learning rate and the defaults.
@@ -3021,7 +3024,7 @@ def test_every_option_of_a_method_is_a_flag_with_its_default(method):
     for name, default in gara.default_options(method, "vit_t").items():
         assert getattr(args, name) == default
         words = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        assert getattr(train.parse(["--data", "x", train.flag(name), words]), name) == default
+        assert getattr(train.parse(["--data", "x", "--method", method, train.flag(name), words]), name) == default
 
 # Examples.
 
@@ -3083,7 +3086,7 @@ class Blank:
         self.planes, self.name, self.source = masks, name, name + ".npy"
         self.asked = []
 
-    def image(self, condition, seed):
+    def image(self, condition, seed, stored):
         self.asked.append(condition)
         return np.zeros((*self.planes.shape[1:], 3), np.uint8)
 
@@ -3144,10 +3147,10 @@ def test_the_chance_of_a_clear_image():
 def finished(demo):
     """The folder, printed text, model and the log at each curve of a run of 6 steps."""
     models, curves = [], []
-    build, curve = train.build_model, train.curve
+    build, curve = train.build_model, train.draw_training
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as text:
         patch.setattr(train, "build_model", lambda args: models.append(build(args)) or models[-1])
-        patch.setattr(train, "curve", lambda lines, path: curves.append(lines) or curve(lines, path))
+        patch.setattr(train, "draw_training", lambda lines, path: curves.append([*lines]) or curve(lines, path))
         assert run_train(demo, demo / "finished") == 0
     return demo / "finished", text.getvalue(), models[0], curves
 
@@ -3157,7 +3160,7 @@ def mean_of_16_conditions(iou):
 
 def test_training_writes_its_files(finished):
     folder = finished[0]
-    assert sorted(os.listdir(folder)) == ["curve.png", "gara.pt", "last.pt", "log.jsonl", "run.json"]
+    assert sorted(os.listdir(folder)) == [".lock", "curve.png", "gara.pt", "last.pt", "log.jsonl", "run.json"]
     assert [line["step"] for line in log_of(folder, "loss")] == [2, 4, 6]
     validations = log_of(folder, "validation")
     assert [line["step"] for line in validations] == [0, 3, 6]
@@ -3178,7 +3181,7 @@ def test_the_curve_shows_the_validation_just_made(finished):
         assert page.height > 700  # the gates are drawn, too
 
 def test_a_curve_can_be_drawn_before_anything_was_logged(tmp_path):
-    train.curve([], tmp_path / "curve.png")
+    figures.draw_training([], tmp_path / "curve.png")
     assert (tmp_path / "curve.png").exists()
 
 def test_training_moves_the_adapter_and_not_sam(finished):
@@ -3441,8 +3444,8 @@ def test_a_run_begins_with_no_other_adapter(demo, finished, tmp_path, monkeypatc
 def test_conditions_can_be_chosen(demo, tmp_path, monkeypatch):
     asked = []
     image = data.Sample.image
-    monkeypatch.setattr(data.Sample, "image", lambda self, condition="clear", seed=None: (
-        asked.append(condition) or image(self, condition, seed)))
+    monkeypatch.setattr(data.Sample, "image", lambda self, condition="clear", *more, **options: (
+        asked.append(condition) or image(self, condition, *more, **options)))
     assert run_train(demo, tmp_path, "--steps", 2, "--method", "lora", "--conditions", "night", "snow@2") == 0
     assert set(asked) == {"night", "snow@2"}  # validation never sees another one either
     for line in log_of(tmp_path, "validation"):
