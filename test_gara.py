@@ -3181,7 +3181,7 @@ def test_the_curve_shows_the_validation_just_made(finished):
         assert page.height > 700  # the gates are drawn, too
 
 def test_a_curve_can_be_drawn_before_anything_was_logged(tmp_path):
-    figures.draw_training([], tmp_path / "curve.png")
+    train.draw_training([], tmp_path / "curve.png")
     assert (tmp_path / "curve.png").exists()
 
 def test_training_moves_the_adapter_and_not_sam(finished):

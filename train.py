@@ -29,6 +29,7 @@ import functools
 import gc
 import glob
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -53,7 +54,7 @@ from PIL import Image
 
 import data
 import gara
-from assets.figures import draw_training
+from assets.curve import draw_training
 from assets.pretrain import loosen, pretrain_loss, vary
 from sam import (BACKBONES, FILES, CheckpointError, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint,
                  keep_freed_memory, read_weights)
@@ -69,8 +70,8 @@ DEFAULTS = {
     "vit_h": PAPER | dict(lr=1e-5),
 }
 OPTIONS = {}  # {option of an adapter: the methods that have it}
-for method, (_, _, options) in gara.METHODS.items():
-    for name in options:
+for method, kind in gara.METHODS.items():
+    for name in kind.options:
         OPTIONS.setdefault(name, []).append(method)
 BAD_STEPS = 10  # steps in a row without a finite gradient, after which a run gives up
 
@@ -79,10 +80,10 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 PROCESS_RANK = int(os.environ.get("RANK", 0))
 
 
-def say(text):
+def say(text, file=None):
     """Print a line, once for all processes."""
     if PROCESS_RANK == 0:
-        print(text, flush=True)
+        print(text, file=file, flush=True)
 
 
 class TrainingError(Exception):
@@ -248,9 +249,11 @@ def batches(examples, first, batch_size, workers):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from iterator
     except Exception as error:
-        reason = str(error).strip().splitlines()[-1:]  # of an error in a worker, the lines above are its traceback
-        raise TrainingError(f"examples cannot be prepared ({type(error).__name__}: {''.join(reason)}); if a process "
-                            "died, perhaps for lack of memory, lower --workers") from error
+        text = f"{type(error).__name__}: {error}"
+        reason = text.strip().splitlines()[-1]  # above it stands a worker's traceback
+        if "DataLoader worker (pid" in reason:
+            reason = "a process that loads data died, perhaps for lack of memory: lower --workers"
+        raise TrainingError(reason) from error
     finally:
         tell.send(None)
 
@@ -344,20 +347,20 @@ def validate(sam, dataset, limit, conditions, autocast):
     sam.eval()
     predictor = SamPredictor(sam)
     degraded = data.degraded_conditions(conditions)
-    ious = {}
+    parts = []
     for sample in data.spread(dataset, limit)[PROCESS_RANK::WORLD_SIZE]:
         seen = {"clear": "clear"} if "clear" in conditions else {}
         if degraded:
             seen["degraded"] = degraded[data.seed_of(sample.name) % len(degraded)]
         try:
             with of_one_sample(sample), autocast():
-                found = validate_sample(predictor, sample, seen)
+                parts.append(validate_sample(predictor, sample, seen))
         except data.SampleError as error:
             report(dataset, error)
-            continue
-        for key, values in found.items():
+    ious = {}
+    for part in gather(parts):
+        for key, values in part.items():
             ious.setdefault(key, []).extend(values)
-    ious = gather(ious)
     if not ious:
         raise TrainingError(f"{dataset.summary()}: no sample of the validation split can be read")
     return {key: math.fsum(values) / len(values) for key, values in sorted(ious.items())}
@@ -368,36 +371,27 @@ def validate_sample(predictor, sample, seen):
     masks = sample.masks()
     points, boxes = sample.prompts(masks)
     images = {kind: sample.image(condition) for kind, condition in seen.items()}
-    truth = torch.from_numpy(masks).to(predictor.device).float()
+    size, device, transform = masks.shape[1:], predictor.device, predictor.transform
+    truth = torch.from_numpy(masks).to(device).float()
+    coords = torch.from_numpy(transform.apply_coords(points, size)).to(device)
+    boxes = torch.from_numpy(transform.apply_boxes(boxes, size)).to(device)
     ious = {}
     for kind, image in images.items():
         predictor.set_image(image)
-        for prompt, logits in predict(predictor, points, boxes).items():
-            ious[f"{prompt} {kind}"] = mask_iou(logits.float(), truth).tolist()
+        by_point, _, _ = predictor.predict_torch(coords, torch.ones_like(coords[..., 0]), multimask_output=False)
+        by_box, _, _ = predictor.predict_torch(None, None, boxes, multimask_output=False)
+        for prompt, logits in (("point", by_point), ("box", by_box)):
+            ious[f"{prompt} {kind}"] = mask_iou(logits[:, 0].float(), truth).tolist()
     return ious
 
 
-def predict(predictor, points, boxes):
-    """Logits (M, H, W) by prompt kind, from points (M, 3, 2) and from boxes (M, 4) in pixels of the image."""
-    size, device = predictor.original_size, predictor.device
-    coords = predictor.transform.apply_coords(torch.from_numpy(points).to(device), size)
-    boxes = predictor.transform.apply_boxes(torch.from_numpy(boxes).to(device), size)
-    by_point, _, _ = predictor.predict_torch(coords, torch.ones_like(coords[..., 0]), multimask_output=False)
-    by_box, _, _ = predictor.predict_torch(None, None, boxes, multimask_output=False)
-    return {"point": by_point[:, 0], "box": by_box[:, 0]}
-
-
-def gather(lists):
-    """{key: list} of each process -> the lists of all, joined."""
+def gather(items):
+    """The lists of all processes, joined."""
     if WORLD_SIZE == 1:
-        return lists
-    parts = [None] * WORLD_SIZE
-    dist.all_gather_object(parts, lists)
-    joined = {}
-    for part in parts:
-        for key, values in part.items():
-            joined.setdefault(key, []).extend(values)
-    return joined
+        return items
+    lists = [None] * WORLD_SIZE
+    dist.all_gather_object(lists, items)
+    return sum(lists, [])
 
 
 def report(dataset, error):
@@ -468,13 +462,14 @@ class Run:
 
     def __init__(self, args):
         self.args = args
+        self.folder = pathlib.Path(args.out)
         self.sam = build_model(args)
         self.step = 0
         self.best = -1.0  # validation IoU
         self.bad = self.bad_in_a_row = 0  # steps without a finite gradient
         self.sums, self.summed = {}, 0  # of the means of the steps since the last line of the log
         self.lines = []  # of the log
-        self.belongs = {}  # what this state belongs to: see `identity`
+        self.settings = {}  # which this state belongs to: see `identity`
         self.init_sha256 = sha256_of(args.init) if args.init and not args.resume else ""
         if args.checkpointing:
             for block in self.sam.image_encoder.blocks:
@@ -486,6 +481,7 @@ class Run:
         if WORLD_SIZE > 1:  # averages the gradients; mask prompts are not trained with --pretrain
             self.losses = DistributedDataParallel(self.losses, find_unused_parameters=args.pretrain)
         self.parameters = [p for p in self.sam.parameters() if p.requires_grad]
+        self.size = sum(p.numel() for p in self.parameters)
         adam = torch.optim.AdamW if args.pretrain else torch.optim.Adam
         self.optimizer = adam(self.parameters, lr=args.lr, weight_decay=args.weight_decay,
                               fused=args.device.type == "cuda")
@@ -540,8 +536,8 @@ class Run:
         names = ", ".join(example["name"] for example in share)
         print(f"step {self.step - 1:,} skipped, its gradient is not finite: loss {loss:.4g} on {names}", flush=True)
         if self.bad_in_a_row >= BAD_STEPS:
-            raise TrainingError(f"{BAD_STEPS} steps in a row without a finite gradient, the last on {names}; lower "
-                                "--lr or say --amp off (last.pt, if any, holds the last good state)")
+            raise TrainingError(f"{BAD_STEPS} steps in a row without a finite gradient, the last on {names}; start "
+                                "again with a lower --lr or --amp off (last.pt, if any, holds the last good state)")
 
     def means(self):
         """Means since the last call, over all processes: {"loss": ..., "point": ..., "box": ...}; {} without steps."""
@@ -567,11 +563,12 @@ class Run:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def side_file(name):
-    """A file that a run can do without. What goes wrong within is told, and the run goes on."""
+def aside(run, name, write, *values):
+    """Write a file that a run can do without, by write(*values, path). If that fails, it is told, and the run goes on."""
+    if PROCESS_RANK > 0:
+        return
     try:
-        yield
+        write(*values, run.folder / name)
     except Exception as error:
         print(f"{name} could not be written: {line_of(error)}", flush=True)
 
@@ -579,8 +576,13 @@ def side_file(name):
 def log(run, **line):
     """Add a line to the log, which is kept in last.pt and shown in log.jsonl."""
     run.lines.append(line)
-    if PROCESS_RANK == 0:
-        with side_file("log.jsonl"), open(os.path.join(run.args.out, "log.jsonl"), "a") as file:
+    aside(run, "log.jsonl", write_lines, "a", [line])
+
+
+def write_lines(mode, lines, path):
+    """Write (mode "w") or append ("a") lines of JSON."""
+    with open(path, mode) as file:
+        for line in lines:
             file.write(json.dumps(line) + "\n")
 
 
@@ -591,8 +593,9 @@ def save(run, name, **meta):
     """
     if PROCESS_RANK > 0:
         return
-    path = os.path.join(run.args.out, name)
-    meta |= dict(step=run.step, settings={key: str(value) for key, value in vars(run.args).items()})
+    path = run.folder / name
+    part = f"{path}.part"
+    meta |= dict(step=run.step, settings=run.settings)
     try:
         if gara.adapters(run.sam):
             gara.save_adapter(run.sam, path, **meta)
@@ -602,12 +605,12 @@ def save(run, name, **meta):
             content = dict(sam=content, **meta)
         elif run.args.pretrain:  # the rounding is far below training noise
             content = {key: value.half() for key, value in content.items()}
-        torch.save(content, path + ".part")
-        os.replace(path + ".part", path)
+        torch.save(content, part)
+        os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        if os.path.exists(path + ".part"):
-            os.remove(path + ".part")
-        free = shutil.disk_usage(run.args.out).free / 1e6
+        if os.path.exists(part):
+            os.remove(part)
+        free = shutil.disk_usage(run.folder).free / 1e6
         raise TrainingError(f"cannot write {path}, {free:,.0f} MB are free there; what was saved before is kept: "
                             f"make room and --resume ({line_of(error)})") from error
 
@@ -647,34 +650,31 @@ def contents(dataset, stored):
             files.update(f"{about.st_size} {about.st_mtime_ns}\n".encode())
     names = hashlib.sha256(names.encode(errors="surrogatepass"))
     return dict(split=dataset.split, kind=dataset.kind, images=len(dataset), fingerprint=names.hexdigest()[:16],
-                files=files.hexdigest()[:16])
+                sizes_and_times=files.hexdigest()[:16])
 
 
 def checkpoint(run, **meta):
     """Write last.pt, the model and all that going on needs, and draw the curve."""
     training = {name: getattr(run, name) for name in PROGRESS}
-    training |= dict(belongs=run.belongs, optimizer=run.optimizer.state_dict())
-    save(run, "last.pt", training=training, **meta)
-    if PROCESS_RANK == 0:
-        with side_file("curve.png"):
-            draw_training(run.lines, os.path.join(run.args.out, "curve.png"))
+    save(run, "last.pt", training=training | dict(optimizer=run.optimizer.state_dict()), **meta)
+    aside(run, "curve.png", draw_training, run.lines)
 
 
 def resume(run):
     """Bring a new run to the state in last.pt. TrainingError if it is damaged, or of another run."""
-    path = os.path.join(run.args.out, "last.pt")
+    path = run.folder / "last.pt"
     try:
         content = read_weights(path)
-        training = content.get("meta", content)["training"]  # of an adapter, or of a whole SAM
-        if "belongs" not in training:
-            raise TrainingError(f"--resume: {path} is by an older train.py, which did not note its settings: go on with "
+        meta = content.get("meta", content)  # of an adapter, or of a whole SAM
+        if "processes" not in meta["settings"]:
+            raise TrainingError(f"--resume: {path} is by an older train.py, which did not note all settings: go on with "
                                 "that one, or start another --out")
-        require_same(training["belongs"], run.belongs, f"--resume: {path}")
+        require_same(meta["settings"], run.settings, f"--resume: {path}")
         if gara.adapters(run.sam):
             gara.load_adapter(run.sam, path)
         else:
             run.sam.load_state_dict(content["sam"])
-        load_progress(run, training)
+        load_progress(run, meta["training"])
     except TrainingError:
         raise
     except Exception as error:  # whatever a file may hold that this program has not written
@@ -698,7 +698,7 @@ def load_progress(run, training):
             raise ValueError("moments of other parameters")
 
 
-def describe(run):
+def describe(run, path):
     """Write run.json: every setting, versions, the data, the code's commit, parameter counts."""
     gpu = torch.cuda.get_device_name() if run.args.device.type == "cuda" else "no GPU in use"
     content = dict(
@@ -707,10 +707,10 @@ def describe(run):
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
         machine=f"{platform.machine()}, {os.cpu_count()} cores, {gpu}",
         world_size=WORLD_SIZE,
-        data=run.belongs["--data"],
+        data=run.settings["--data"],
         commit=commit(),
-        learnable_parameters=sum(p.numel() for p in run.parameters))
-    data.save_text(json.dumps(content, indent=1, default=str), os.path.join(run.args.out, "run.json"))
+        learnable_parameters=run.size)
+    data.save_text(json.dumps(content, indent=1, default=str), path)
 
 
 def commit():
@@ -736,10 +736,12 @@ def sha256_of(path):
 class Interrupt:
     """Ctrl-C and SIGTERM (a cluster's notice) end the run after the step at hand; a second Ctrl-C ends it at once."""
 
-    def __enter__(self):
+    def __init__(self, held):
+        """Listens for as long as `held`, an ExitStack, lasts."""
         self.signal = 0
-        self.before = {number: signal.signal(number, self.notice) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(number, self.notice)
+            held.callback(signal.signal, number, before)
 
     def notice(self, number, frame):
         if self.signal == signal.SIGINT == number:
@@ -753,10 +755,6 @@ class Interrupt:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             self.signal = int(flag)
         return self.signal
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def by_rank_0(action, *values):
@@ -773,14 +771,14 @@ def by_rank_0(action, *values):
         raise TrainingError(refusal[0])
 
 
-def claim(args, held):
+def claim(run, held):
     """Take the folder of the run, for as long as `held` lasts. TrainingError, DatasetError."""
-    path = os.path.join(args.out, "last.pt")
-    if args.resume and not os.path.isfile(path):
+    args, path = run.args, run.folder / "last.pt"
+    if args.resume and not path.is_file():
         raise TrainingError(f"--resume: there is no {path}; start without --resume, or name the run with --out")
-    held.enter_context(data.alone_in(args.out))
-    if not args.resume and os.path.exists(path):
-        raise TrainingError(f"{args.out} holds a run already: --resume goes on with it, --out NAME starts another")
+    held.enter_context(data.alone_in(run.folder))
+    if not args.resume and path.exists():
+        raise TrainingError(f"{run.folder} holds a run already: --resume goes on with it, --out NAME starts another")
 
 
 def load_data(args, split):
@@ -800,36 +798,30 @@ def train(args):
         args.steps = max(1, round(args.epochs * len(train_set) / args.batch_size))
     args.val_every = args.val_every or max(1, args.steps // 10)
     run = Run(args)
-    run.belongs = identity(run, train_sets + val_sets)
+    run.settings = identity(run, train_sets + val_sets)
     for dataset in train_sets + val_sets:
         say(dataset.summary())
-    count = sum(p.numel() for p in run.parameters)
-    say(f"{args.backbone}, {args.method}: {count:,} learnable parameters; {args.steps:,} steps of {args.batch_size} "
+    say(f"{args.backbone}, {args.method}: {run.size:,} learnable parameters; {args.steps:,} steps of {args.batch_size} "
         f"images; {WORLD_SIZE} x {args.device}, amp {args.amp}, seed {args.seed}")
 
     with contextlib.ExitStack() as held:
-        by_rank_0(claim, args, held)
+        by_rank_0(claim, run, held)
         if args.resume:
             resume(run)
-        if PROCESS_RANK == 0:
-            with side_file("log.jsonl"):
-                lines = [json.dumps(line) + "\n" for line in run.lines]
-                data.save_text("".join(lines), os.path.join(args.out, "log.jsonl"))
-            with side_file("run.json"):
-                describe(run)
-        interrupt = held.enter_context(Interrupt())
+        aside(run, "log.jsonl", write_lines, "w", run.lines)
+        aside(run, "run.json", describe, run)
+        interrupt = Interrupt(held)
+        loaded = held.enter_context(contextlib.closing(shares(run, train_set)))  # no worker outlives this block
         try:
             if not (args.resume or args.pretrain):
                 keep_the_best(run, val_set)  # step 0, which training has to beat
-            steps(run, train_set, val_set, interrupt)
+            steps(run, loaded, val_set, interrupt)
         except torch.OutOfMemoryError as error:
             raise TrainingError("out of memory: raise --accumulate, add --checkpointing, lower --batch-size") from error
     if run.step == args.steps:
-        say(f"best: validation IoU {run.best:.4f}, {os.path.join(args.out, best_name(args))}; {train_set.summary()}")
+        say(f"best: validation IoU {run.best:.4f}, {run.folder / best_name(args)}; {train_set.summary()}")
         return 0
-    if PROCESS_RANK == 0:
-        print(f"stopped by signal {interrupt.signal} after step {run.step:,}; --resume goes on from there",
-              file=sys.stderr)
+    say(f"stopped by signal {interrupt.signal} after step {run.step:,}; --resume goes on from there", sys.stderr)
     return 128 + interrupt.signal
 
 
@@ -837,36 +829,35 @@ def shares(run, train_set):
     """This process's shares of the batches from run.step on. What cannot be loaded ends the run, after a checkpoint."""
     args = run.args
     examples = examples_of(train_set, args, args.steps)
-    with contextlib.closing(batches(examples, run.step, args.batch_size, args.workers)) as loaded:
-        try:
-            for share in loaded:
-                for example in share:
-                    for error in example["errors"]:
-                        report(train_set, error)
-                yield share
-        except (TrainingError, data.DatasetError) as error:
-            if run.step:
-                checkpoint(run)
-            raise TrainingError(f"{error}; --resume goes on from step {run.step:,}") from error
+    try:
+        for share in batches(examples, run.step, args.batch_size, args.workers):
+            for example in share:
+                for error in example["errors"]:
+                    report(train_set, error)
+            yield share
+    except (TrainingError, data.DatasetError) as error:
+        if run.step:
+            checkpoint(run)
+        raise TrainingError(f"{error}; --resume goes on from step {run.step:,}") from error
 
 
-def steps(run, train_set, val_set, interrupt):
-    """Train from run.step to the last step, or until interrupted."""
+def steps(run, loaded, val_set, interrupt):
+    """Train from run.step to the last step, or until interrupted, on batch shares as they are loaded."""
     args = run.args
-    first, images, waited, worked = run.step, 0, 0.0, 0.0
+    first, images, waited, spent = run.step, 0, 0.0, 0.0
     started = asked = saved = time.monotonic()
-    for share in shares(run, train_set):
+    for share in loaded:
         got = time.monotonic()
         run.update(share)
         done = time.monotonic()
         images += args.batch_size
         waited += got - asked
-        worked += done - got
+        spent += done - asked
         last = run.step == args.steps
         if last or run.step % args.log_every == 0:
             left = (args.steps - run.step) * (done - started) / (run.step - first)
-            log_interval(run, images / (waited + worked), waited / (waited + worked), round(left))
-            images, waited, worked = 0, 0.0, 0.0
+            log_interval(run, images / spent, waited / spent, round(left))
+            images, waited, spent = 0, 0.0, 0.0
 
         stop = interrupt.anywhere(args.device)
         if args.keep_every and run.step % args.keep_every == 0:  # before last.pt: a kill in between must not lose it
@@ -1017,10 +1008,8 @@ def fill_in(args):
 def check(args, error):
     """Refuse what makes no sense, in one line."""
     for name, value in vars(args).items():
-        if type(value) in (int, float) and name not in ("seed", "workers", "clear", "weight_decay") and not value > 0:
-            error(f"{flag(name)} must be above 0")
-        if value == math.inf:
-            error(f"{flag(name)} must be a finite number")
+        if type(value) in (int, float) and name not in ("seed", "workers", "clear", "weight_decay") and not 0 < value < math.inf:
+            error(f"{flag(name)} must be above 0 and finite")
     if not -2**63 <= args.seed < 2**64:
         error("--seed must be from -2**63 to 2**64 - 1")
     if args.workers < 0:
@@ -1074,6 +1063,8 @@ def choose_device(args, error):
 
 def main(argv=None):
     """Run the command line; returns the exit code. A user's mistake ends in one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     args = parse(argv)
     try:
         if WORLD_SIZE > 1:
