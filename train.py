@@ -238,7 +238,7 @@ def batches(examples, first, batch_size, workers):
     this generator. TrainingError for what no sample is to blame for."""
     starts = range(first * batch_size, len(examples), batch_size)
     shares = [range(start + PROCESS_RANK, start + batch_size, WORLD_SIZE) for start in starts]
-    told, tell = multiprocessing.Pipe(duplex=False)
+    told, tell = multiprocessing.Pipe(duplex=False)  # by which the workers are told to end
     # Its own generator: the loader draws a seed when it starts, and a resumed run must not draw one more than another.
     loader = torch.utils.data.DataLoader(
         examples, batch_sampler=shares, num_workers=workers, collate_fn=list, generator=torch.Generator(),
@@ -250,7 +250,8 @@ def batches(examples, first, batch_size, workers):
         yield from iterator
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        reason = text.strip().splitlines()[-1]  # above it stands a worker's traceback
+        last = text.strip().splitlines()[-1]  # above it stands a worker's traceback
+        reason = last.split("TrainingError: ")[-1]
         if "DataLoader worker (pid" in reason:
             reason = "a process that loads data died, perhaps for lack of memory: lower --workers"
         raise TrainingError(reason) from error
