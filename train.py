@@ -249,9 +249,8 @@ def batches(examples, first, batch_size, workers):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from iterator
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        last = text.strip().splitlines()[-1]  # above it stands a worker's traceback
-        reason = last.split("TrainingError: ")[-1]
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1]  # above it stands a worker's traceback
+        reason = reason.split("TrainingError: ")[-1]
         if "DataLoader worker (pid" in reason:
             reason = "a process that loads data died, perhaps for lack of memory: lower --workers"
         raise TrainingError(reason) from error
