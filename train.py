@@ -13,25 +13,33 @@ loss on both; Adam on the adapter. Example i of a run is a function of (seed, i)
 (seed, step, process). So the number of workers changes nothing, and `--resume` continues as if there had been no
 interruption, to the bit on a CPU.
 
+Which pixels: training degrades each image anew in every epoch, with other noise each time, also where `data.py
+--corrupt` has stored degraded images; with `--stored` it reads those. Validation sees what evaluation sees: the stored
+image if there is one, else the same pixels, made on the fly.
+
 Written to `--out` (runs/BACKBONE_METHOD): METHOD.pt, the adapter that was best on the validation split; last.pt, the
-newest one with what `--resume` needs; run.json, the settings; log.jsonl, one line per interval; curve.png.
+newest one and all that `--resume` needs: the optimizer, the log, and what they belong to, settings and data. Made of
+that, and not needed to go on: run.json, the settings; log.jsonl, one line per interval; curve.png.
 """
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import functools
 import gc
+import glob
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pathlib
-import pickle
 import platform
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -45,9 +53,10 @@ from PIL import Image
 
 import data
 import gara
-from assets.figures import Axes, COLOURS, RED, Style, draw_figure, shades, ticks
-from sam import (BACKBONES, FILES, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint, keep_freed_memory,
-                 read_weights)
+from assets.curve import draw_training
+from assets.pretrain import loosen, pretrain_loss, vary
+from sam import (BACKBONES, FILES, CheckpointError, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint,
+                 keep_freed_memory, read_weights)
 
 # What a run uses where the command line is silent. From the paper: Adam, batch 8, both prompt kinds, weight decay 1e-5
 # and the learning rates of vit_b and vit_l. Ours: 40,000 steps and 4 objects an image, which it does not state, vit_h
@@ -59,6 +68,10 @@ DEFAULTS = {
     "vit_l": PAPER | dict(lr=1e-5),
     "vit_h": PAPER | dict(lr=1e-5),
 }
+OPTIONS = {}  # {option of an adapter: the methods that have it}
+for method, kind in gara.METHODS.items():
+    for name in kind.options:
+        OPTIONS.setdefault(name, []).append(method)
 BAD_STEPS = 10  # steps in a row without a finite gradient, after which a run gives up
 
 # How many processes torchrun has started to share the run, and the number of this one among them.
@@ -66,14 +79,32 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 PROCESS_RANK = int(os.environ.get("RANK", 0))
 
 
-def say(text):
+def say(text, file=None):
     """Print a line, once for all processes."""
     if PROCESS_RANK == 0:
-        print(text, flush=True)
+        print(text, file=file, flush=True)
 
 
 class TrainingError(Exception):
     """The run cannot start or go on. One line: what happened and what to do."""
+
+
+def line_of(error):
+    """What an exception says, as one line."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def of_one_sample(sample):
+    """Whatever goes wrong within is this sample's own error: a SampleError, to be skipped and counted."""
+    try:
+        yield
+    except (data.SampleError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {line_of(error)}"
+        raise data.SampleError(f"{sample.source}: cannot use {sample.name} ({reason})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,6 +121,7 @@ class Recipe:
     image_size: int = 1024  # side of the square that the model sees
     patch: int = 16
     augment: bool = False
+    stored: bool = False  # degraded images are read where they are stored, else all are made on the fly
     seed: int = 0
 
 
@@ -116,11 +148,13 @@ class Examples(torch.utils.data.Dataset):
         order = np.roll(rng.permutation(len(self.samples)), -position)
         errors = []
         for index in order:
+            sample = self.samples[int(index)]
             try:
-                return self.make(self.samples[int(index)], epoch, i) | dict(errors=errors)
+                with of_one_sample(sample):
+                    return self.make(sample, epoch, i) | dict(errors=errors)
             except data.SampleError as error:
                 errors.append(error)
-        return TrainingError(f"none of the {len(order):,} samples can be used; the first: {errors[0]}")
+        raise TrainingError(f"none of the {len(order):,} samples can be used; the first: {errors[0]}")
 
     def make(self, sample, epoch, i):
         """A dict: name, condition, image uint8 (3, h, w), points (M, 3, 2), labels (M, 3), boxes (M, 4) and targets
@@ -128,7 +162,8 @@ class Examples(torch.utils.data.Dataset):
         recipe = self.recipe
         rng = np.random.default_rng(data.seed_of(recipe.seed, "example", i))
         condition = self.condition(i, rng)
-        image = sample.image(condition, seed=data.seed_of(recipe.seed, epoch, sample.name, condition))
+        noise = data.seed_of(recipe.seed, epoch, sample.name, condition)
+        image = sample.image(condition, noise, stored=recipe.stored)
         masks = sample.masks()
         if recipe.augment:
             image, masks = vary(image, masks, rng)
@@ -189,48 +224,51 @@ class Examples(torch.utils.data.Dataset):
         return np.asarray(frame.reduce(self.recipe.patch // 4))
 
 
-def vary(image, masks, rng):
-    """For `--pretrain`: the image and its masks transposed, mirrored, with colour channels exchanged, at random."""
-    if rng.random() < 0.5:
-        image, masks = image.swapaxes(0, 1), masks.swapaxes(1, 2)
-    for axis in (0, 1):
-        if rng.random() < 0.5:
-            image, masks = np.flip(image, axis), np.flip(masks, axis + 1)
-    image = image[..., rng.permutation(3)]
-    return np.ascontiguousarray(image), np.ascontiguousarray(masks)
-
-
-def loosen(labels, boxes, rng):
-    """For `--pretrain`: prompts as people give them: one to three points (the rest "no point"), inexact boxes."""
-    keep = rng.integers(1, 4, len(labels))
-    labels = np.where(np.arange(3) < keep[:, None], labels, -1)
-    sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
-    shifts = sides * rng.normal(0, 0.03, boxes.shape).clip(-0.1, 0.1)
-    return labels, (boxes + shifts).astype(np.float32)
-
-
 def examples_of(train_set, args, steps):
     """The examples of so many steps of the run that `args` describes."""
     sizes = BACKBONES[args.backbone]
     recipe = Recipe(args.conditions, args.clear, args.masks_per_image, args.image_size or sizes["image_size"],
-                    sizes["patch"], augment=args.pretrain, seed=args.seed)
+                    sizes["patch"], args.pretrain, args.stored, args.seed)
     return Examples(train_set, steps * args.batch_size, recipe)
 
 
 def batches(examples, first, batch_size, workers):
-    """This process's share of the batches, beginning with batch number `first`: lists of examples."""
+    """This process's share of the batches, beginning with batch number `first`: lists of examples. No worker outlives
+    this generator. TrainingError for what no sample is to blame for."""
     starts = range(first * batch_size, len(examples), batch_size)
     shares = [range(start + PROCESS_RANK, start + batch_size, WORLD_SIZE) for start in starts]
+    told, tell = multiprocessing.Pipe(duplex=False)  # by which the workers are told to end
     # Its own generator: the loader draws a seed when it starts, and a resumed run must not draw one more than another.
-    return torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         examples, batch_sampler=shares, num_workers=workers, collate_fn=list, generator=torch.Generator(),
-        prefetch_factor=4 if workers else None, worker_init_fn=leave_signals_to_the_main_process)
+        prefetch_factor=4 if workers else None, worker_init_fn=functools.partial(obey_the_main_process, told))
+    try:
+        iterator = iter(loader)
+        if workers:  # a dead one is noticed when its batch is waited for; PyTorch's handler would break into a step
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from iterator
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1]  # above it stands a worker's traceback
+        reason = reason.split("TrainingError: ")[-1]
+        if "DataLoader worker (pid" in reason:
+            reason = "a process that loads data died, perhaps for lack of memory: lower --workers"
+        raise TrainingError(reason) from error
+    finally:
+        tell.send(None)
 
 
-def leave_signals_to_the_main_process(_):
-    """Ctrl-C, and a cluster's SIGTERM, reach every process; the workers must live until the main one has saved."""
+def obey_the_main_process(told, _):
+    """In a worker: it ends when the main process says so or is gone, whatever it is doing, and for no other reason.
+    Ctrl-C, and a cluster's SIGTERM, reach every process; the workers must live until the main one has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    data.end_with_parent()
+    threading.Thread(target=end_when_told, args=[told], daemon=True).start()
+
+
+def end_when_told(told):
+    told.poll(None)
+    os._exit(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,7 +324,7 @@ class Losses(torch.nn.Module):
         targets = together("targets").float() / 255  # (P, 4H, 4W)
         image_index = torch.arange(len(batch), device=sam.device).repeat_interleave(len(boxes) // len(batch))  # (P,)
         if self.pretrain:
-            return self.pretrain_loss(embeddings, image_index, points, boxes, targets)
+            return pretrain_loss(sam, embeddings, image_index, points, boxes, targets, mask_loss, mask_iou)
 
         losses, ious = {}, {}
         for kind, prompt in (("point", dict(points=points)), ("box", dict(boxes=boxes))):
@@ -295,26 +333,6 @@ class Losses(torch.nn.Module):
             losses[kind] = mask_loss(logits, targets).mean()
             ious[kind] = mask_iou(logits, targets).mean()
         return losses["point"] + losses["box"], ious
-
-    def pretrain_loss(self, embeddings, image_index, points, boxes, targets):
-        """Each mask from one prompt kind, in turn; all four outputs learn, and the predicted IoU.
-
-        The single mask answers every prompt; of the three for ambiguous prompts, only the best learns (as in SAM).
-        """
-        sam = self.sam
-        coords, labels = points
-        prompts = {"point": ((coords[::2], labels[::2]), None, None), "box": (None, boxes[1::2], None)}
-        losses, ious = [], {}
-        for first, kind in enumerate(prompts):
-            sparse, dense = sam.prompt_encoder(*prompts[kind])
-            logits, scores = sam.mask_decoder.predict_masks(
-                embeddings[image_index[first::2]], sam.prompt_encoder.get_dense_pe(), sparse, dense)
-            logits = logits.float()
-            truth = targets[first::2, None].expand_as(logits)
-            loss, iou = mask_loss(logits, truth), mask_iou(logits, truth)  # (P / 2, 4)
-            losses.append(loss[:, 0] + loss[:, 1:].amin(1) + (scores.float() - iou).square().mean(1))
-            ious[kind] = iou[:, 0].mean()
-        return torch.cat(losses).mean(), ious
 
 
 @torch.no_grad()
@@ -328,52 +346,51 @@ def validate(sam, dataset, limit, conditions, autocast):
     sam.eval()
     predictor = SamPredictor(sam)
     degraded = data.degraded_conditions(conditions)
-    ious = {}
+    parts = []
     for sample in data.spread(dataset, limit)[PROCESS_RANK::WORLD_SIZE]:
         seen = {"clear": "clear"} if "clear" in conditions else {}
         if degraded:
             seen["degraded"] = degraded[data.seed_of(sample.name) % len(degraded)]
         try:
-            masks = sample.masks()
-            points, boxes = sample.prompts(masks)
-            images = {kind: sample.image(condition) for kind, condition in seen.items()}
+            with of_one_sample(sample), autocast():
+                parts.append(validate_sample(predictor, sample, seen))
         except data.SampleError as error:
             report(dataset, error)
-            continue
-        truth = torch.from_numpy(masks).to(sam.device).float()
-        for kind, image in images.items():
-            with autocast():
-                predictor.set_image(image)
-                predicted = predict(predictor, torch.from_numpy(points), torch.from_numpy(boxes))
-            for prompt, logits in predicted.items():
-                ious.setdefault(f"{prompt} {kind}", []).extend(mask_iou(logits[:, 0].float(), truth).tolist())
-    ious = gather(ious)
+    ious = {}
+    for part in gather(parts):
+        for key, values in part.items():
+            ious.setdefault(key, []).extend(values)
     if not ious:
         raise TrainingError(f"{dataset.summary()}: no sample of the validation split can be read")
     return {key: math.fsum(values) / len(values) for key, values in sorted(ious.items())}
 
 
-def predict(predictor, points, boxes):
-    """Masks (M, 1, H, W) by prompt kind, from points (M, 3, 2) and from boxes (M, 4) in pixels of the image."""
-    size, device = predictor.original_size, predictor.device
-    coords = predictor.transform.apply_coords(points.to(device), size)
-    boxes = predictor.transform.apply_boxes(boxes.to(device), size)
-    by_point, _, _ = predictor.predict_torch(coords, torch.ones_like(coords[..., 0]), multimask_output=False)
-    by_box, _, _ = predictor.predict_torch(None, None, boxes, multimask_output=False)
-    return {"point": by_point, "box": by_box}
+def validate_sample(predictor, sample, seen):
+    """The IoU of each mask of a sample: {"box clear": [...], ...}, for each of {kind of condition: condition}."""
+    masks = sample.masks()
+    points, boxes = sample.prompts(masks)
+    images = {kind: sample.image(condition) for kind, condition in seen.items()}
+    size, device, transform = masks.shape[1:], predictor.device, predictor.transform
+    truth = torch.from_numpy(masks).to(device).float()
+    coords = torch.from_numpy(transform.apply_coords(points, size)).to(device)
+    boxes = torch.from_numpy(transform.apply_boxes(boxes, size)).to(device)
+    ious = {}
+    for kind, image in images.items():
+        predictor.set_image(image)
+        by_point, _, _ = predictor.predict_torch(coords, torch.ones_like(coords[..., 0]), multimask_output=False)
+        by_box, _, _ = predictor.predict_torch(None, None, boxes, multimask_output=False)
+        for prompt, logits in (("point", by_point), ("box", by_box)):
+            ious[f"{prompt} {kind}"] = mask_iou(logits[:, 0].float(), truth).tolist()
+    return ious
 
 
-def gather(lists):
-    """{key: list} of each process -> the lists of all, joined."""
+def gather(items):
+    """The lists of all processes, joined."""
     if WORLD_SIZE == 1:
-        return lists
-    parts = [None] * WORLD_SIZE
-    dist.all_gather_object(parts, lists)
-    joined = {}
-    for part in parts:
-        for key, values in part.items():
-            joined.setdefault(key, []).extend(values)
-    return joined
+        return items
+    lists = [None] * WORLD_SIZE
+    dist.all_gather_object(lists, items)
+    return sum(lists, [])
 
 
 def report(dataset, error):
@@ -408,13 +425,25 @@ def begin_with(sam, path):
     try:
         trained = gara.read_adapter(path)
         here = dict(backbone=sam.backbone, image_size=sam.image_encoder.img_size, **sam.adapter)
-        for name, value in here.items():
-            if trained[name] != value:
-                raise ValueError(f"{path} was trained with {name} {trained[name]}, and this run has {value}: they "
-                                 "must agree")
+        require_same(trained, here, f"--init: {path}")
         gara.load_adapter(sam, path)
+    except CheckpointError as error:
+        raise TrainingError(f"--init: {path} is damaged, or not an adapter that train.py has written") from error
     except (OSError, ValueError) as error:
         raise TrainingError(f"--init: {error}") from error
+
+
+def require_same(then, now, file):
+    """Compare the settings that a file was made with to those of this run. TrainingError."""
+    changed = []
+    for name, value in now.items():
+        before = then.get(name)
+        if value != before and name in FREE:
+            say(f"from here on {name} {value}; before: {before}")
+        elif value != before:
+            changed.append(f"{name} {before}, not {value}")
+    if changed:
+        raise TrainingError(f"{file} is of a run with {'; '.join(changed)}")
 
 
 def learning_rate(step, steps, peak, schedule="cosine"):
@@ -432,28 +461,29 @@ class Run:
 
     def __init__(self, args):
         self.args = args
+        self.folder = pathlib.Path(args.out)
         self.sam = build_model(args)
         self.step = 0
         self.best = -1.0  # validation IoU
         self.bad = self.bad_in_a_row = 0  # steps without a finite gradient
         self.sums, self.summed = {}, 0  # of the means of the steps since the last line of the log
-        self.init_sha256 = sha256(pathlib.Path(args.init).read_bytes()) if args.init and not args.resume else None
+        self.lines = []  # of the log
+        self.settings = {}  # which this state belongs to: see `identity`
+        self.init_sha256 = sha256_of(args.init) if args.init and not args.resume else ""
         if args.checkpointing:
             for block in self.sam.image_encoder.blocks:
                 block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
         if args.compile:
             self.sam.image_encoder.compile()
+        self.autocast = functools.partial(torch.autocast, args.device.type, torch.bfloat16, enabled=args.amp == "bf16")
         self.losses = Losses(self.sam, args.pretrain)
         if WORLD_SIZE > 1:  # averages the gradients; mask prompts are not trained with --pretrain
             self.losses = DistributedDataParallel(self.losses, find_unused_parameters=args.pretrain)
         self.parameters = [p for p in self.sam.parameters() if p.requires_grad]
+        self.size = sum(p.numel() for p in self.parameters)
         adam = torch.optim.AdamW if args.pretrain else torch.optim.Adam
         self.optimizer = adam(self.parameters, lr=args.lr, weight_decay=args.weight_decay,
                               fused=args.device.type == "cuda")
-
-    def autocast(self):
-        """bfloat16 where `--amp` says so."""
-        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.amp == "bf16")
 
     def update(self, share):
         """One step of the optimizer on this process's share of the batch, a list of examples.
@@ -504,9 +534,9 @@ class Run:
         self.bad_in_a_row += 1
         names = ", ".join(example["name"] for example in share)
         print(f"step {self.step - 1:,} skipped, its gradient is not finite: loss {loss:.4g} on {names}", flush=True)
-        if self.bad_in_a_row == BAD_STEPS:
-            raise TrainingError(f"{BAD_STEPS} steps in a row without a finite gradient, the last on {names}; lower "
-                                "--lr or say --amp off (last.pt, if any, holds the last good state)")
+        if self.bad_in_a_row >= BAD_STEPS:
+            raise TrainingError(f"{BAD_STEPS} steps in a row without a finite gradient, the last on {names}; start "
+                                "again with a lower --lr or --amp off (last.pt, if any, holds the last good state)")
 
     def means(self):
         """Means since the last call, over all processes: {"loss": ..., "point": ..., "box": ...}; {} without steps."""
@@ -528,33 +558,31 @@ class Run:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The files of a run, in args.out: log.jsonl, weights, run.json, curve.png.
+# The files of a run, in args.out: weights and last.pt; log.jsonl, run.json and curve.png, which it can do without.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Log:
-    """log.jsonl: a line of JSON for each interval and each validation."""
-
-    def __init__(self, folder):
-        self.path = os.path.join(folder, "log.jsonl")
-
-    def add(self, **line):
-        if PROCESS_RANK == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def lines(self):
-        """What was logged; a line that a crash cut short is left out."""
-        with open(self.path) as file:
-            return [json.loads(line) for line in file if line.endswith("\n")]
-
-    def keep(self, lines):
-        """Begin anew with these lines."""
-        data.save_text("".join(json.dumps(line) + "\n" for line in lines), self.path)
+def aside(run, name, write, *values):
+    """Write a file that a run can do without, by write(*values, path). If that fails, it is told, and the run goes on."""
+    if PROCESS_RANK > 0:
+        return
+    try:
+        write(*values, run.folder / name)
+    except Exception as error:
+        print(f"{name} could not be written: {line_of(error)}", flush=True)
 
 
-PROGRESS = ("step", "best", "bad", "bad_in_a_row", "sums", "summed", "init_sha256")  # of a Run, in last.pt
-SAME = ("batch_size", "seed", "steps")  # settings that a resumed run must share with the one it continues
+def log(run, **line):
+    """Add a line to the log, which is kept in last.pt and shown in log.jsonl."""
+    run.lines.append(line)
+    aside(run, "log.jsonl", write_lines, "a", [line])
+
+
+def write_lines(mode, lines, path):
+    """Write (mode "w") or append ("a") lines of JSON."""
+    with open(path, mode) as file:
+        for line in lines:
+            file.write(json.dumps(line) + "\n")
 
 
 def save(run, name, **meta):
@@ -564,8 +592,9 @@ def save(run, name, **meta):
     """
     if PROCESS_RANK > 0:
         return
-    path = os.path.join(run.args.out, name)
-    meta |= dict(step=run.step, settings={key: str(value) for key, value in vars(run.args).items()})
+    path = run.folder / name
+    part = f"{path}.part"
+    meta |= dict(step=run.step, settings=run.settings)
     try:
         if gara.adapters(run.sam):
             gara.save_adapter(run.sam, path, **meta)
@@ -575,55 +604,101 @@ def save(run, name, **meta):
             content = dict(sam=content, **meta)
         elif run.args.pretrain:  # the rounding is far below training noise
             content = {key: value.half() for key, value in content.items()}
-        torch.save(content, path + ".part")
-        os.replace(path + ".part", path)
+        torch.save(content, part)
+        os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        if os.path.exists(path + ".part"):
-            os.remove(path + ".part")
-        free = shutil.disk_usage(run.args.out).free / 1e6
+        if os.path.exists(part):
+            os.remove(part)
+        free = shutil.disk_usage(run.folder).free / 1e6
         raise TrainingError(f"cannot write {path}, {free:,.0f} MB are free there; what was saved before is kept: "
-                            f"make room and --resume ({str(error).splitlines()[0]})") from error
+                            f"make room and --resume ({line_of(error)})") from error
+
+
+PROGRESS = ("step", "best", "bad", "bad_in_a_row", "sums", "summed", "lines", "init_sha256")  # of a Run, in last.pt
+# What may change when a run is resumed: how it is computed, and what is kept of it. All else belongs to its state.
+FREE = ("processes", "--out", "--no-corrupt", "--epochs", "--strict", "--workers", "--device", "--compile",
+        "--checkpointing", "--log-every", "--save-minutes", "--keep-every", "--val-every")
+
+
+def identity(run, datasets):
+    """What the state of a run belongs to: its settings, with contents in the place of paths."""
+    args = run.args
+    settings = {flag(name): value for name, value in vars(args).items() if name != "resume"}
+    settings["processes"] = WORLD_SIZE
+    settings["--data"] = [contents(dataset, args.stored) for dataset in datasets]
+    settings["--prompts"] = [sha256_of(path) for path in args.prompts or ()]
+    if args.checkpoint or not args.pretrain:
+        settings["--checkpoint"] = gara.fingerprint(run.sam)
+    return json.loads(json.dumps(settings, default=str))
+
+
+def contents(dataset, stored):
+    """What tells the samples of a dataset from others: digests of their names, and of their files' sizes and times of
+    change (stored: of the degraded images as well)."""
+    names = "\n".join(sample.name for sample in dataset)
+    paths = {}  # an ordered set: all samples may have one file of masks
+    for sample in dataset:
+        paths[sample.clear] = paths[sample.source] = None
+    if stored:
+        degraded = os.path.join(glob.escape(dataset[0].folder), "*", "*")
+        paths |= dict.fromkeys(sorted(glob.glob(degraded)))
+    files = hashlib.sha256()
+    for path in paths:
+        with contextlib.suppress(OSError):  # one that is missing is skipped and counted when its turn comes
+            about = os.stat(path)
+            files.update(f"{about.st_size} {about.st_mtime_ns}\n".encode())
+    names = hashlib.sha256(names.encode(errors="surrogatepass"))
+    return dict(split=dataset.split, kind=dataset.kind, images=len(dataset), fingerprint=names.hexdigest()[:16],
+                sizes_and_times=files.hexdigest()[:16])
 
 
 def checkpoint(run, **meta):
     """Write last.pt, the model and all that going on needs, and draw the curve."""
     training = {name: getattr(run, name) for name in PROGRESS}
-    training |= {name: getattr(run.args, name) for name in SAME}
     save(run, "last.pt", training=training | dict(optimizer=run.optimizer.state_dict()), **meta)
-    if PROCESS_RANK == 0:
-        curve(Log(run.args.out).lines(), os.path.join(run.args.out, "curve.png"))
+    aside(run, "curve.png", draw_training, run.lines)
 
 
 def resume(run):
-    """Bring a new run to the state in last.pt. TrainingError if there is none, or one of another run."""
-    path = os.path.join(run.args.out, "last.pt")
-    if not os.path.isfile(path):
-        raise TrainingError(f"--resume: there is no {path}; start without --resume, or name the run with --out")
+    """Bring a new run to the state in last.pt. TrainingError if it is damaged, or of another run."""
+    path = run.folder / "last.pt"
     try:
+        content = read_weights(path)
+        meta = content.get("meta", content)  # of an adapter, or of a whole SAM
+        if "processes" not in meta["settings"]:
+            raise TrainingError(f"--resume: {path} is by an older train.py, which did not note all settings: go on with "
+                                "that one, or start another --out")
+        require_same(meta["settings"], run.settings, f"--resume: {path}")
         if gara.adapters(run.sam):
-            content = gara.load_adapter(run.sam, path)
+            gara.load_adapter(run.sam, path)
         else:
-            content = read_weights(path)
             run.sam.load_state_dict(content["sam"])
-        training = content["training"]
-        for name in SAME:
-            here = getattr(run.args, name)
-            if training[name] != here:
-                raise TrainingError(f"--resume: {path} is of a run with {flag(name)} {training[name]}, not {here}")
-        run.optimizer.load_state_dict(training["optimizer"])
-        for name in PROGRESS:
-            setattr(run, name, training[name])
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        load_progress(run, meta["training"])
+    except TrainingError:
+        raise
+    except Exception as error:  # whatever a file may hold that this program has not written
         raise TrainingError(f"--resume: {path} is damaged or not of such a run; start another --out") from error
 
 
-def describe(run, datasets):
+def load_progress(run, training):
+    """What a Run counts and the optimizer's moments, from last.pt. Whatever is wrong with them raises."""
+    for name in PROGRESS:
+        kind = type(getattr(run, name))
+        setattr(run, name, kind(training[name]))
+    run.sums = {key: float(value) for key, value in run.sums.items()}
+    if not 0 <= run.step <= run.args.steps:
+        raise ValueError("a step beyond the run")
+
+    settings = run.optimizer.state_dict()["param_groups"]  # the command line's own
+    run.optimizer.load_state_dict(dict(state=training["optimizer"]["state"], param_groups=settings))
+    for p, moments in run.optimizer.state.items():
+        fit = gara.fits(moments["exp_avg"], p) and gara.fits(moments["exp_avg_sq"], p)
+        if not fit or not 0 <= moments["step"].item() <= run.step:
+            raise ValueError("moments of other parameters")
+
+
+def describe(run, path):
     """Write run.json: every setting, versions, the data, the code's commit, parameter counts."""
-    sets = []
-    for dataset in datasets:
-        names = "\n".join(sample.name for sample in dataset)
-        sets.append(dict(root=dataset.root, split=dataset.split, kind=dataset.kind, images=len(dataset),
-                         masks=dataset.masks, fingerprint=sha256(names.encode())[:16]))
     gpu = torch.cuda.get_device_name() if run.args.device.type == "cuda" else "no GPU in use"
     content = dict(
         settings=vars(run.args),
@@ -631,10 +706,10 @@ def describe(run, datasets):
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
         machine=f"{platform.machine()}, {os.cpu_count()} cores, {gpu}",
         world_size=WORLD_SIZE,
-        data=sets,
+        data=run.settings["--data"],
         commit=commit(),
-        learnable_parameters=sum(p.numel() for p in run.parameters))
-    data.save_text(json.dumps(content, indent=1, default=str), os.path.join(run.args.out, "run.json"))
+        learnable_parameters=run.size)
+    data.save_text(json.dumps(content, indent=1, default=str), path)
 
 
 def commit():
@@ -647,37 +722,9 @@ def commit():
         return ""
 
 
-def sha256(content):
-    """Hex digest of bytes."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def curve(lines, path):
-    """Draw the log's lines as a PNG: loss, IoU in training and validation, and what the gates of each layer do."""
-    styles = {"loss": Style(COLOURS[0])}
-    for prompt, colour in (("point", COLOURS[2]), ("box", RED)):
-        styles[prompt] = Style(colour, width=3)
-        styles[f"{prompt} degraded"] = Style(colour, "circle")
-        styles[f"{prompt} clear"] = Style(colour, "square")
-    series, higher, active = {"loss": []}, {}, {}  # {name: [(step, value), ...]}
-    for line in lines:
-        values = line | line.get("validation", {})
-        for name in styles.keys() & values.keys():
-            series.setdefault(name, []).append((line["step"], values[name]))
-        for k, share in enumerate(line.get("higher", ())):
-            higher.setdefault(f"layer {k}", []).append((line["step"], share))
-            active.setdefault(f"layer {k}", []).append((line["step"], line["active"][k]))
-    styles = {name: style for name, style in styles.items() if name in series}
-    styles |= {name: Style(shade, width=3) for name, shade in zip(higher, shades(len(higher)))}
-
-    shares = [share for points in higher.values() for _, share in points]
-    xticks = ticks(0, max([1] + [line["step"] for line in lines]))
-    panels = [Axes("training loss", {"loss": series.pop("loss")}, "step", xticks),
-              Axes("IoU: training (lines), validation (marks)", series, "step", xticks)]
-    if higher:
-        panels += [Axes("share of images in the higher-rank set", higher, "step", xticks, ticks(0, max(1, *shares))),
-                   Axes("open components, mean over images", active, "step", xticks)]
-    draw_figure(path, "Training", os.path.dirname(path), panels, styles, height=640)
+def sha256_of(path):
+    """Hex digest of a file."""
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -688,10 +735,12 @@ def curve(lines, path):
 class Interrupt:
     """Ctrl-C and SIGTERM (a cluster's notice) end the run after the step at hand; a second Ctrl-C ends it at once."""
 
-    def __enter__(self):
+    def __init__(self, held):
+        """Listens for as long as `held`, an ExitStack, lasts."""
         self.signal = 0
-        self.before = {number: signal.signal(number, self.notice) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(number, self.notice)
+            held.callback(signal.signal, number, before)
 
     def notice(self, number, frame):
         if self.signal == signal.SIGINT == number:
@@ -706,94 +755,118 @@ class Interrupt:
             self.signal = int(flag)
         return self.signal
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+
+def by_rank_0(action, *values):
+    """Have rank 0 do something while the others wait. What it refuses ends them all."""
+    refusal = [None]
+    if PROCESS_RANK == 0:
+        try:
+            action(*values)
+        except (TrainingError, data.DatasetError, OSError) as error:
+            refusal = [line_of(error)]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(refusal)
+    if refusal[0]:
+        raise TrainingError(refusal[0])
+
+
+def claim(run, held):
+    """Take the folder of the run, for as long as `held` lasts. TrainingError, DatasetError."""
+    args, path = run.args, run.folder / "last.pt"
+    if args.resume and not path.is_file():
+        raise TrainingError(f"--resume: there is no {path}; start without --resume, or name the run with --out")
+    held.enter_context(data.alone_in(run.folder))
+    if not args.resume and path.exists():
+        raise TrainingError(f"{run.folder} holds a run already: --resume goes on with it, --out NAME starts another")
+
+
+def load_data(args, split):
+    """The datasets of `--data`, and all of them as one."""
+    datasets = data.load_datasets(args.data, split, args.strict, args.prompts or ())
+    if args.limit and split == "train":
+        for dataset in datasets:
+            dataset.samples = data.spread(dataset, args.limit)
+    return datasets, data.Union(datasets) if len(datasets) > 1 else datasets[0]
 
 
 def train(args):
     """The whole run. Returns the exit code: 0, or 128 + the number of the signal that ended it early."""
-    train_sets, val_sets = (data.load_datasets(args.data, split, args.strict, args.prompts or ())
-                            for split in ("train", "val"))
-    if args.limit:
-        for dataset in train_sets:
-            dataset.samples = data.spread(dataset, args.limit)
-    train_set, val_set = (data.Union(sets) if len(sets) > 1 else sets[0] for sets in (train_sets, val_sets))
+    train_sets, train_set = load_data(args, "train")
+    val_sets, val_set = load_data(args, "val")
     if args.epochs:
         args.steps = max(1, round(args.epochs * len(train_set) / args.batch_size))
     args.val_every = args.val_every or max(1, args.steps // 10)
     run = Run(args)
+    run.settings = identity(run, train_sets + val_sets)
     for dataset in train_sets + val_sets:
         say(dataset.summary())
-    count = sum(p.numel() for p in run.parameters)
-    say(f"{args.backbone}, {'pretrain' if args.pretrain else args.method}: {count:,} learnable parameters; "
-        f"{args.steps:,} steps of {args.batch_size} images; {WORLD_SIZE} x {args.device}, amp {args.amp}, "
-        f"seed {args.seed}")
+    say(f"{args.backbone}, {args.method}: {run.size:,} learnable parameters; {args.steps:,} steps of {args.batch_size} "
+        f"images; {WORLD_SIZE} x {args.device}, amp {args.amp}, seed {args.seed}")
 
-    if args.resume:
-        resume(run)
-    if PROCESS_RANK == 0:
-        os.makedirs(args.out, exist_ok=True)
-        log = Log(args.out)
-        log.keep([line for line in log.lines() if line["step"] <= run.step] if args.resume else [])
-        describe(run, train_sets + val_sets)
-    with Interrupt() as interrupt:
+    with contextlib.ExitStack() as held:
+        by_rank_0(claim, run, held)
+        if args.resume:
+            resume(run)
+        aside(run, "log.jsonl", write_lines, "w", run.lines)
+        aside(run, "run.json", describe, run)
+        interrupt = Interrupt(held)
+        loaded = held.enter_context(contextlib.closing(shares(run, train_set)))  # no worker outlives this block
         try:
             if not (args.resume or args.pretrain):
                 keep_the_best(run, val_set)  # step 0, which training has to beat
-            steps(run, train_set, val_set, interrupt)
-        except RuntimeError as error:
-            if "DataLoader worker" in str(error):
-                checkpoint(run)
-                raise TrainingError("a process that loads data died, perhaps for lack of memory; lower --workers, then "
-                                    f"--resume goes on from step {run.step:,}") from error
-            if isinstance(error, torch.OutOfMemoryError):
-                raise TrainingError("out of memory: raise --accumulate, add --checkpointing, lower --batch-size"
-                                    ) from error
-            raise
+            steps(run, loaded, val_set, interrupt)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError("out of memory: raise --accumulate, add --checkpointing, lower --batch-size") from error
     if run.step == args.steps:
-        say(f"best: validation IoU {run.best:.4f}, {os.path.join(args.out, best_name(args))}; {train_set.summary()}")
+        say(f"best: validation IoU {run.best:.4f}, {run.folder / best_name(args)}; {train_set.summary()}")
         return 0
-    if PROCESS_RANK == 0:
-        print(f"stopped by signal {interrupt.signal} after step {run.step:,}; --resume goes on from there",
-              file=sys.stderr)
+    say(f"stopped by signal {interrupt.signal} after step {run.step:,}; --resume goes on from there", sys.stderr)
     return 128 + interrupt.signal
 
 
-def steps(run, train_set, val_set, interrupt):
-    """Train from run.step to the last step, or until interrupted."""
+def shares(run, train_set):
+    """This process's shares of the batches from run.step on. What cannot be loaded ends the run, after a checkpoint."""
     args = run.args
     examples = examples_of(train_set, args, args.steps)
-    first, images, waited, worked = run.step, 0, 0.0, 0.0
+    try:
+        for share in batches(examples, run.step, args.batch_size, args.workers):
+            for example in share:
+                for error in example["errors"]:
+                    report(train_set, error)
+            yield share
+    except (TrainingError, data.DatasetError) as error:
+        if run.step:
+            checkpoint(run)
+        raise TrainingError(f"{error}; --resume goes on from step {run.step:,}") from error
+
+
+def steps(run, loaded, val_set, interrupt):
+    """Train from run.step to the last step, or until interrupted, on batch shares as they are loaded."""
+    args = run.args
+    first, images, waited, spent = run.step, 0, 0.0, 0.0
     started = asked = saved = time.monotonic()
-    for share in batches(examples, first, args.batch_size, args.workers):
+    for share in loaded:
         got = time.monotonic()
-        for example in share:
-            if isinstance(example, TrainingError):
-                checkpoint(run)
-                raise example
-            for error in example["errors"]:
-                report(train_set, error)
         run.update(share)
         done = time.monotonic()
         images += args.batch_size
         waited += got - asked
-        worked += done - got
+        spent += done - asked
         last = run.step == args.steps
         if last or run.step % args.log_every == 0:
             left = (args.steps - run.step) * (done - started) / (run.step - first)
-            log_interval(run, images / (waited + worked), waited / (waited + worked), round(left))
-            images, waited, worked = 0, 0.0, 0.0
+            log_interval(run, images / spent, waited / spent, round(left))
+            images, waited, spent = 0, 0.0, 0.0
 
         stop = interrupt.anywhere(args.device)
+        if args.keep_every and run.step % args.keep_every == 0:  # before last.pt: a kill in between must not lose it
+            save(run, f"step_{run.step}.pt")
         if last or run.step % args.val_every == 0:  # even on a stop: it would not be made up for
             keep_the_best(run, val_set)
             saved = time.monotonic()
         elif stop or time.monotonic() - saved > 60 * args.save_minutes:
             checkpoint(run)
             saved = time.monotonic()
-        if args.keep_every and run.step % args.keep_every == 0:
-            save(run, f"step_{run.step}.pt")
         if stop:
             return
         asked = time.monotonic()
@@ -804,8 +877,8 @@ def log_interval(run, speed, waiting, left):
     means, gates = run.means(), run.gate_statistics()
     loss = means.get("loss", math.nan)
     ious = " ".join(f"{key} {value:.3f}" for key, value in means.items() if key != "loss")
-    Log(run.args.out).add(step=run.step, **means, lr=run.optimizer.param_groups[0]["lr"], images_per_second=speed,
-                          waiting=waiting, skipped_steps=run.bad, **gates)
+    log(run, step=run.step, **means, lr=run.optimizer.param_groups[0]["lr"], images_per_second=speed, waiting=waiting,
+        skipped_steps=run.bad, **gates)
     say(f"step {run.step:,}/{run.args.steps:,}  loss {loss:.4f}  IoU {ious}  {speed:.1f} images/s  "
         f"{waiting:.0%} waiting for data  {datetime.timedelta(seconds=left)} left")
 
@@ -826,7 +899,7 @@ def keep_the_best(run, val_set):
     if score > run.best:
         run.best = score
         save(run, best_name(args), validation=ious)
-    Log(args.out).add(step=run.step, validation=ious, best=run.best)
+    log(run, step=run.step, validation=ious, best=run.best)
     checkpoint(run, validation=ious)
 
 
@@ -839,11 +912,13 @@ def parse(argv):
     """The command line, checked, with every default filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
-    add_data_and_model(parser.add_argument)
+    add = parser.add_argument
+    adders = add, functools.partial(add, type=int), functools.partial(add, action="store_true")
+    add_data_and_model(*adders)
     length = parser.add_mutually_exclusive_group().add_argument
     length("--steps", type=int, help="default 450 for vit_t, else 40000")
     length("--epochs", type=float)
-    add_training(parser.add_argument)
+    add_training(*adders)
     args = parser.parse_args(argv)
     fill_in(args)
     check(args, parser.error)
@@ -851,60 +926,58 @@ def parse(argv):
     return args
 
 
-def add_data_and_model(add):
-    """What is trained, and on what. `add` is a parser's add_argument."""
+def add_data_and_model(add, number, switch):
+    """What is trained, and on what. The arguments add an option of any type, a whole number, one without a value."""
     add("--data", required=True, nargs="+", metavar="ROOT",
         help="dataset folders of any kind that data.py reads, with splits train and val; demo/ is made if it is not "
              "there; KIND=ROOT where the kind is not plain to see")
     add("--prompts", nargs="+", metavar="JSON", help="use exactly these prompts (data.py ROOT --export-prompts JSON), "
         "in training and validation, instead of drawing new ones for every step")
-    add("--strict", action="store_true", help="a bad or missing file is an error; else it is skipped and counted")
+    switch("--strict", help="a bad or missing file is an error; else it is skipped and counted")
     add("--conditions", nargs="+", metavar="NAME", help="what images are trained and validated in (default: clear "
         "and the 15 corruptions); also night and underwater, and strengths as fog@2")
     add("--clear", type=float, metavar="P", help="chance of a clear image (default: as of any other condition)")
-    add("--no-corrupt", action="store_true", help="use the images as they are: --conditions clear")
-    add("--limit", type=int, help="only this many images of each training set, evenly spaced: for a try")
-    add("--workers", type=int, help="processes that prepare examples (default: half the cores, at most 8)")
+    switch("--no-corrupt", help="use the images as they are: --conditions clear")
+    switch("--stored", help="train on the degraded images that data.py --corrupt has stored, the "
+        "same in every epoch, where they are there; else each is degraded anew in every epoch")
+    number("--limit", help="only this many images of each training set, evenly spaced: for a try")
+    number("--workers", help="processes that prepare examples (default: half the cores, at most 8)")
     add("--backbone", choices=BACKBONES, default="vit_t", help="vit_t (default) comes with the project")
     add("--checkpoint", help="SAM weights; default: assets/, checkpoints/, the torch hub cache, else downloaded")
-    add("--method", choices=(*gara.METHODS, "full"), default="gara", help="full: no adapter, the whole encoder learns; "
+    add("--method", choices=(*gara.METHODS, "full"), help="default gara; full: no adapter, the whole encoder learns; "
         "the ranks below are smaller for vit_t")
     add("--init", metavar="ADAPTER", help="begin with a trained adapter's weights: for further training on other data")
-    add("--pretrain", action="store_true", help="train the whole model on clear images, from scratch or --checkpoint")
-    add("--image-size", type=int, metavar="PIXELS", help="side of the square that the model sees (default 1024; vit_t "
+    switch("--pretrain", help="train the whole model on clear images, from scratch or --checkpoint")
+    number("--image-size", metavar="PIXELS", help="side of the square that the model sees (default 1024; vit_t "
         "128): a smaller one makes a quick try, its positions interpolated")
-    methods = {}
-    for method, (_, _, options) in gara.METHODS.items():
-        for name in options:
-            methods.setdefault(name, []).append(method)
-    for name, having in methods.items():
-        default = gara.METHODS[having[0]].options[name]
+    for name, methods in OPTIONS.items():
+        default = gara.METHODS[methods[0]].options[name]
         add(flag(name), type=ranks if isinstance(default, tuple) else type(default),
             choices=gara.SCOPES if name == "scope" else None,
-            help=f"of {', '.join(having)} (default {default})")
+            help=f"of {', '.join(methods)} (default {default})")
 
 
-def add_training(add):
+def add_training(add, number, switch):
     """How it is trained, and what is kept."""
-    add("--batch-size", type=int, help="images, of all processes together (default 16 for vit_t, else 8)")
-    add("--accumulate", type=int, default=1, metavar="N", help="parts that a process does its batch share in")
-    add("--masks-per-image", type=int, help="objects of an image, sharing its encoding (default 2 for vit_t, else 4)")
+    number("--batch-size", help="images, of all processes together (default 16 for vit_t, else 8)")
+    number("--accumulate", default=1, metavar="N", help="parts that a process does its batch share in")
+    number("--masks-per-image", help="objects of an image, sharing its encoding (default 2 for vit_t, else 4)")
     add("--lr", type=float, help="peak learning rate (default 1e-3 vit_t, 1e-4 vit_b, 1e-5 vit_l and vit_h)")
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="after a warm-up of 5 %% of the steps")
     add("--weight-decay", type=float, help="default 1e-5")
     add("--clip", type=float, help="largest norm of the gradient (default: none; 1 with --pretrain)")
-    add("--seed", type=int, default=0)
-    add("--checkpointing", action="store_true", help="compute each block twice to save its memory")
-    add("--compile", action="store_true", help="torch.compile the encoder")
+    number("--seed", default=0)
+    switch("--checkpointing", help="compute each block twice to save its memory")
+    switch("--compile", help="torch.compile the encoder")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     add("--amp", choices=("auto", "off", "bf16"), default="auto", help="auto: bf16 where the CPU or GPU computes in it")
     add("--out", help="folder of the run (default runs/BACKBONE_METHOD)")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--log-every", type=int, default=20, help="steps (default 20)")
+    switch("--resume", help="go on with the run in --out")
+    number("--log-every", default=20, help="steps (default 20)")
     add("--save-minutes", type=float, default=10, help="write last.pt at least this often (default 10)")
-    add("--keep-every", type=int, metavar="STEPS", help="also keep the adapter of every so many steps")
-    add("--val-every", type=int, help="steps (default: a tenth of the run)")
-    add("--val-images", type=int, default=64, help="images of the validation split used, at most (default 64)")
+    number("--keep-every", metavar="STEPS", help="also keep the adapter of every so many steps")
+    number("--val-every", help="steps (default: a tenth of the run)")
+    number("--val-images", default=64, help="images of the validation split used, at most (default 64)")
 
 
 def flag(name):
@@ -919,12 +992,13 @@ def ranks(text):
 
 def fill_in(args):
     """The defaults that depend on other settings."""
+    args.method = args.method or ("pretrain" if args.pretrain else "gara")
     defaults = dict(DEFAULTS[args.backbone])
     if args.method in gara.METHODS:
         defaults |= gara.default_options(args.method, args.backbone)
     defaults["workers"] = min(8, (os.cpu_count() or 2) // 2)
     defaults["conditions"] = ["clear"] if args.no_corrupt or args.pretrain else list(data.CONDITIONS)
-    defaults["out"] = os.path.join("runs", f"{args.backbone}_{'pretrain' if args.pretrain else args.method}")
+    defaults["out"] = os.path.join("runs", f"{args.backbone}_{args.method}")
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -933,8 +1007,10 @@ def fill_in(args):
 def check(args, error):
     """Refuse what makes no sense, in one line."""
     for name, value in vars(args).items():
-        if type(value) in (int, float) and name not in ("seed", "workers", "clear", "weight_decay") and not value > 0:
-            error(f"{flag(name)} must be above 0")
+        if type(value) in (int, float) and name not in ("seed", "workers", "clear", "weight_decay") and not 0 < value < math.inf:
+            error(f"{flag(name)} must be above 0 and finite")
+    if not -2**63 <= args.seed < 2**64:
+        error("--seed must be from -2**63 to 2**64 - 1")
     if args.workers < 0:
         error("--workers must be 0 or more")
     if args.clear is not None and not 0 <= args.clear <= 1:
@@ -945,7 +1021,10 @@ def check(args, error):
         error("--pretrain varies its images, so it cannot use --prompts")
     if args.pretrain and args.batch_size * args.masks_per_image < 2:
         error("--pretrain needs two objects a step: raise --batch-size or --masks-per-image")
-    whole = args.pretrain or args.method == "full"
+    if args.pretrain and args.method != "pretrain":
+        error("--pretrain trains a whole SAM and has no --method")
+    check_options(args, error)
+    whole = args.method not in gara.METHODS
     if whole and args.image_size:
         error("--image-size is for adapters: whole models are trained at their own size")
     if whole and args.init:
@@ -959,6 +1038,14 @@ def check(args, error):
             error(f"--conditions: {reason}")
 
 
+def check_options(args, error):
+    """Refuse options that the method does not have."""
+    own = [flag(name) for name, methods in OPTIONS.items() if args.method in methods]
+    for name, methods in OPTIONS.items():
+        if args.method not in methods and getattr(args, name) is not None:
+            error(f"--method {args.method} has no {flag(name)}; its options: {', '.join(own) or 'none'}")
+
+
 def choose_device(args, error):
     """The device, a GPU for each process, and whether it computes in bfloat16."""
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -966,7 +1053,7 @@ def choose_device(args, error):
         args.device = torch.device(args.device or (gpu if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as reason:
-        error(f"--device: {str(reason).splitlines()[0]}")
+        error(f"--device: {line_of(reason)}")
     if args.amp == "auto":
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
         on_cpu = args.device.type == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
@@ -975,23 +1062,20 @@ def choose_device(args, error):
 
 def main(argv=None):
     """Run the command line; returns the exit code. A user's mistake ends in one line."""
+    data.plain_output()
     args = parse(argv)
     try:
-        if not args.resume and os.path.exists(os.path.join(args.out, "last.pt")):
-            raise TrainingError(f"{args.out} holds a run already: --resume goes on with it, --out NAME starts another")
-        if PROCESS_RANK == 0:
-            for root in args.data:
-                data.make_missing_demo(root)
         if WORLD_SIZE > 1:
             if args.device.type == "cuda":
                 torch.cuda.set_device(args.device)
             dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
-            dist.barrier()
+        for root in args.data:
+            by_rank_0(data.make_missing_demo, root)
         if args.device.type == "cpu":
             keep_freed_memory()
         return train(args)
     except (TrainingError, data.DatasetError, OSError, ValueError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {line_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
