@@ -3668,7 +3668,7 @@ def made_up_results(models, conditions=data.CONDITIONS, images=4, layers=2, seed
                     gates[name][condition].append(decisions)
             if method != "gara":
                 del gates[name]
-        results["images"].append(dict(data="demo/", name=f"{k}", size=[9, 9], indices=list(range(masks)),
+        results["images"].append(dict(data="demo/", at=k, name=f"{k}", size=[9, 9], indices=list(range(masks)),
                                       areas=[9] * masks, scores=scores, gates=gates))
     return evaluate.add_summaries(results)
 

@@ -212,22 +212,30 @@ def draw_figure(path, title, about, panels, styles, columns=2, height=470, notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The gates, from results.json.
+# Scores and gates, from results.json.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def scores_of(image, model, conditions):
+    """A model's scores on an image: (prompts, conditions, masks, metrics)."""
+    scores = image["scores"][model]
+    by_prompt = []
+    for prompt in PROMPTS:
+        by_prompt.append([scores[condition][prompt] for condition in conditions])
+    return np.array(by_prompt)
+
+
 def gated_models(results):
-    """The models whose gates were recorded."""
-    names = set(results["models"])
-    for image in results["images"]:
-        names &= image["gates"].keys()
-    return [model for model in results["models"] if model in names]
+    """The models whose gates were recorded: LoRA's are always open."""
+    gated = gara.METHODS.keys() - {"lora"}
+    return [model for model, about in results["models"].items() if about["method"] in gated]
 
 
 def unpack_gates(results, model, condition):
     """A model's gates in a condition: of each layer (vectors bool (images, decisions, components), spaces (images,
     decisions)). A layer decides once for an image, or once for each window."""
     rank = sum(gara.ranks_of(results["models"][model]["options"]))
+    size = math.ceil(rank / 8)  # bytes of a packed vector
     images = [image["gates"][model][condition] for image in results["images"]]
     layers = []
     for layer in range(len(images[0])):
@@ -236,8 +244,11 @@ def unpack_gates(results, model, condition):
             space, code = zip(*image[layer])
             spaces.append(space)
             codes.append([list(bytes.fromhex(digits)) for digits in code])
-        vectors = np.unpackbits(np.array(codes, np.uint8), axis=2, count=rank)
-        layers.append((vectors.astype(bool), np.array(spaces)))
+        codes, spaces = np.array(codes, np.uint8), np.array(spaces)
+        if codes.shape[2] != size or not np.isin(spaces, (0, 1)).all():
+            raise ValueError(f"the gates of {model} are not of its ranks")
+        vectors = np.unpackbits(codes, axis=2, count=rank)
+        layers.append((vectors.astype(bool), spaces))
     return layers
 
 
@@ -312,7 +323,7 @@ def draw_all(results, out):
 
 def about_of(results):
     """The line below a figure's title: the data that it shows."""
-    masks = {(image["data"], image["name"]): len(image["indices"]) for image in results["images"]}
+    masks = {(image["data"], image["at"]): len(image["indices"]) for image in results["images"]}
     return f"{', '.join(results['data'])[:70]}, {results['split']} split, {results['backbone']}; " \
            f"images: {len(masks):,}, masks: {sum(masks.values()):,}"
 
@@ -369,10 +380,9 @@ def image_ious(images, models, conditions, prompt):
     """Mean IoU over each image's masks: (models, conditions, images)."""
     ious = np.empty((len(models), len(conditions), len(images)))
     for m, model in enumerate(models):
-        for c, condition in enumerate(conditions):
-            for i, image in enumerate(images):
-                scores = image["scores"][model][condition][prompt]
-                ious[m, c, i] = np.mean(scores, axis=0)[0]
+        for i, image in enumerate(images):
+            scores = scores_of(image, model, conditions)[PROMPTS.index(prompt)]
+            ious[m, :, i] = scores.mean(1)[:, 0]
     return ious
 
 
