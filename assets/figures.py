@@ -234,8 +234,8 @@ def gated_models(results):
 def unpack_gates(results, model, condition):
     """A model's gates in a condition: of each layer (vectors bool (images, decisions, components), spaces (images,
     decisions)). A layer decides once for an image, or once for each window."""
-    rank = sum(gara.ranks_of(results["models"][model]["options"]))
-    size = math.ceil(rank / 8)  # bytes of a packed vector
+    ranks = gara.ranks_of(results["models"][model]["options"])
+    rank = sum(ranks)
     images = [image["gates"][model][condition] for image in results["images"]]
     layers = []
     for layer in range(len(images[0])):
@@ -245,7 +245,7 @@ def unpack_gates(results, model, condition):
             spaces.append(space)
             codes.append([list(bytes.fromhex(digits)) for digits in code])
         codes, spaces = np.array(codes, np.uint8), np.array(spaces)
-        if codes.shape[2] != size or not np.isin(spaces, (0, 1)).all():
+        if codes.shape[2] != math.ceil(rank / 8) or not np.isin(spaces, range(len(ranks))).all():
             raise ValueError(f"the gates of {model} are not of its ranks")
         vectors = np.unpackbits(codes, axis=2, count=rank)
         layers.append((vectors.astype(bool), spaces))
