@@ -536,6 +536,7 @@ def check_results(results):
     models, images, conditions = results["models"], results["images"], results["conditions"]
     roots = dict.fromkeys(image["data"] for image in images)
     require("models", models)
+    require("split", results["split"])
     require("data", results["data"] == list(roots))
     require("average", results["average"] in AVERAGES)
     require("conditions", len({*conditions}) == len(conditions))
@@ -554,7 +555,7 @@ def check_images(images, results):
     """Raises one of DAMAGE unless these images of `results` are whole: each score a share, each gate's decision there."""
     models, conditions = results["models"], results["conditions"]
     for image in images:
-        require("numbers of images", isinstance(image["at"], int))
+        require("images", identity(image) and isinstance(image["at"], int))
         shape = (len(PROMPTS), len(conditions), len(image["indices"]), len(METRICS))
         for model in models:
             scores = figures.scores_of(image, model, conditions)
