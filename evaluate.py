@@ -32,6 +32,7 @@ import glob
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import platform
 import signal
@@ -106,6 +107,27 @@ def start_worker(_):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     data.end_with_parent()
+
+
+def prepared(dataset, conditions, workers, todo):
+    """What `prepare` makes of each image numbered in `todo`. No worker outlives this generator, however it ends."""
+    before = multiprocessing.active_children()
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        sampler=todo,
+        batch_size=None,
+        collate_fn=functools.partial(prepare, conditions),
+        num_workers=workers,
+        worker_init_fn=start_worker)
+    try:
+        items = iter(loader)
+        if workers:  # a dead one is noticed when its image is waited for; PyTorch's handler breaks in anywhere
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from items
+    finally:
+        for worker in multiprocessing.active_children():
+            if worker not in before:
+                worker.kill()
 
 
 def predictions(model, images, points, boxes, batch_size=4, amp="off"):
@@ -216,14 +238,7 @@ def evaluate(models, dataset, conditions, batch_size=4, amp="off", workers=0, to
     gates[model][condition] (see `predictions`). An image that cannot be read gives dict(at, skipped=why).
     """
     todo = range(len(dataset)) if todo is None else todo
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        sampler=todo,
-        batch_size=None,
-        collate_fn=functools.partial(prepare, conditions),
-        num_workers=workers,
-        worker_init_fn=start_worker)
-    for at, item in zip(todo, loader):
+    for at, item in zip(todo, prepared(dataset, conditions, workers, todo)):
         if isinstance(item, data.SampleError):
             if dataset.skip(item):
                 print(f"skipped: {item}", file=sys.stderr)
@@ -536,6 +551,7 @@ def check_results(results):
     models, images, conditions = results["models"], results["images"], results["conditions"]
     roots = dict.fromkeys(image["data"] for image in images)
     require("models", models)
+    require("images", list(map(identity, images)))
     require("split", results["split"])
     require("data", results["data"] == list(roots))
     require("average", results["average"] in AVERAGES)
@@ -555,7 +571,7 @@ def check_images(images, results):
     """Raises one of DAMAGE unless these images of `results` are whole: each score a share, each gate's decision there."""
     models, conditions = results["models"], results["conditions"]
     for image in images:
-        require("images", identity(image) and isinstance(image["at"], int))
+        require("images", isinstance(image["at"], int))
         shape = (len(PROMPTS), len(conditions), len(image["indices"]), len(METRICS))
         for model in models:
             scores = figures.scores_of(image, model, conditions)
@@ -1012,6 +1028,4 @@ def terminate(number, _):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, terminate)
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)  # not sys.exit, which waits for workers in the middle of an image: they end with this process
+    sys.exit(main())

@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -3771,10 +3772,6 @@ def test_means_are_over_masks_or_over_images():
     assert [0.5, 0.6, 0.5] == means("point clear", "images")
     assert [0.55, 0.6, 0.5] == means("point snow", "images")
 
-def test_clear_images_alone_have_no_degraded_mean():
-    results = made_up_results(SAM_ONLY, ("clear",))
-    assert results["means"]["SAM"].keys() == {"point clear", "box clear"}
-
 def test_intervals_are_those_of_the_normal_distribution_when_images_are_many():
     """The ratio of sums, by the delta method: its variance is that of (score sum - mean x masks) / mean masks."""
     conditions = ("clear", "fog", "fog@2")
@@ -3949,74 +3946,72 @@ def test_adapters_share_the_frozen_weights(demo, tmp_path):
 # The command line.
 
 def run_evaluate(demo, out, *more):
-    return run_cli(evaluate.main, "--data", demo / "demo", "--checkpoint", demo / "w.pth", "--out", out,
-                   "--device", "cpu", "--workers", 0, *more)
+    usual = "--device cpu --workers 0".split()
+    return run_cli(evaluate.main, "--data", demo / "demo", "--checkpoint", demo / "w.pth", "--out", out, *usual, *more)
 
-@pytest.fixture
-def evaluated(demo, finished, tmp_path, capsys):
+def stored(folder):
+    return evaluate.read_results(os.path.join(folder, "results.json"))
+
+def files_in(folder):
+    """Names, but for those of hidden files."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+
+@pytest.fixture(scope="module")
+def evaluated(demo, finished):
     """(folder, results.json, printed text) of an evaluation of SAM and GaRA in all conditions."""
-    assert run_evaluate(demo, tmp_path, "--ckpt", finished[0] / "last.pt") == 0
-    return tmp_path, evaluate.read_results(tmp_path / "results.json"), capsys.readouterr().out
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        assert run_evaluate(demo, demo / "evaluated", "--ckpt", finished[0] / "last.pt") == 0
+    return demo / "evaluated", stored(demo / "evaluated"), text.getvalue()
 
-def test_evaluation_records_scores_and_gates(demo, finished, evaluated):
+def test_evaluation_records_scores(demo, evaluated):
     folder, results, _ = evaluated
-    assert sorted(os.listdir(folder)) == ["corruptions.png", "dependence_GaRA.png", "gates_GaRA.png", "open_GaRA.png",
-                                          "results.csv", "results.json", "samples.png"]
+    assert files_in(folder) == ["corruptions.png", "dependence_GaRA.png", "gates_GaRA.png", "open_GaRA.png",
+                                "results.csv", "results.json", "samples.png"]
     assert list(results["means"]) == ["SAM", "GaRA"]
     assert tuple(results["conditions"]) == data.CONDITIONS
     assert results["skipped"] == []
-    model = evaluate.load_models([finished[0] / "last.pt"], None, demo / "w.pth", "cpu")[0]["GaRA"]
     for image, sample in zip(results["images"], data.load_dataset(demo / "demo", "test"), strict=True):
         assert image["name"] == sample.name
         assert image["areas"] == sample.masks().sum((1, 2)).tolist()
         assert tuple(image["indices"]) == sample.indices
-        sam.SamPredictor(model).set_image(sample.image("fog"))
-        for ((space, code),), layer in zip(image["gates"]["GaRA"]["fog"], gara.gates(model), strict=True):
-            assert space == layer["space"][0]
-            assert code == np.packbits(layer["vector"][0].numpy()).tobytes().hex()
 
 def test_tables_show_means_over_all_masks(evaluated):
-    folder, results, text = evaluated
+    _, results, text = evaluated
     rows = {line.split(" | ")[0]: line for line in reversed(text.splitlines())}  # of equal ones the first
     for model, means in results["means"].items():
-        printed = [float(cell.strip(" *").split()[0]) for cell in rows[f"| {model}"].split("|")[2:-1]]
         expected = []
         for prompt in evaluate.PROMPTS:
             by_condition = []
             for condition in data.CONDITIONS:
-                masks = [scores for image in results["images"] for scores in image["scores"][model][condition][prompt]]
+                masks = []
+                for image in results["images"]:
+                    masks += image["scores"][model][condition][prompt]
                 by_condition.append(np.mean(masks, axis=0))
                 assert means[f"{prompt} {condition}"] == pytest.approx(by_condition[-1], abs=1e-9)
             degraded = np.mean(by_condition[1:], axis=0)
             assert means[f"{prompt} degraded"] == pytest.approx(degraded, abs=1e-9)
             expected += [*degraded, *by_condition[0]]
+        cells = rows[f"| {model}"].split("|")[2:-1]
+        printed = [float(cell.strip(" *").split()[0]) for cell in cells]
         assert printed == pytest.approx(100 * np.array(expected), abs=0.051)
-    lines = [line.split(",") for line in open(folder / "results.csv").read().splitlines()]
-    assert lines[0] == "data model prompt condition metric mean low high".split()
-    assert len(lines) == 1 + 2 * 2 * 17 * 3
-    for _, model, prompt, condition, metric, mean, low, high in lines[1:]:
+
+def test_the_csv_holds_every_mean(evaluated):
+    folder, results, _ = evaluated
+    head, *lines = [line.split(",") for line in open(folder / "results.csv").read().splitlines()]
+    assert head == "data model prompt condition metric mean low high".split()
+    assert len(lines) == 2 * 2 * 17 * 3
+    for _, model, prompt, condition, metric, mean, low, high in lines:
         expected = results["means"][model][f"{prompt} {condition}"][evaluate.METRICS.index(metric)]
         assert float(mean) == pytest.approx(expected, abs=1e-6)
         assert float(low) <= float(mean) <= float(high)
 
 def test_plain_sam_is_measured_alone(demo, tmp_path, capsys):
     assert run_evaluate(demo, tmp_path, "--ckpt", "sam", "--no-corrupt", "--limit", 2) == 0
-    results = evaluate.read_results(tmp_path / "results.json")
+    results = stored(tmp_path)
     assert results["means"].keys() == {"SAM"}
     assert results["means"]["SAM"].keys() == {"point clear", "box clear"}
     assert len(results["images"]) == 2
     assert "degraded" not in capsys.readouterr().out
-
-def test_bad_files_are_left_out_of_the_evaluation(demo, tmp_path, capsys):
-    shutil.copytree(demo / "demo", tmp_path / "demo")
-    shutil.copy(demo / "w.pth", tmp_path)
-    bad = sorted((tmp_path / "demo" / "test" / "clear").iterdir())[1]
-    bad.write_bytes(b"")
-    assert run_evaluate(tmp_path, tmp_path / "out", "--no-corrupt") == 0
-    results = evaluate.read_results(tmp_path / "out" / "results.json")
-    assert len(results["images"]) == 2
-    assert [bad.name in line for line in results["skipped"]] == [True]
-    assert capsys.readouterr().err.count(bad.name) == 1
 
 def test_whole_models_beside_adapters_in_chosen_conditions(demo, finished, tmp_path):
     changed = torch.load(demo / "w.pth", weights_only=True)
@@ -4025,7 +4020,7 @@ def test_whole_models_beside_adapters_in_chosen_conditions(demo, finished, tmp_p
     files = tmp_path / "full.pt", demo / "w.pth", finished[0] / "gara.pt"
     asked = "--conditions", "underwater", "clear", "--strengths", 0.5
     assert run_evaluate(demo, tmp_path, "--ckpt", *files, *asked) == 0
-    results = evaluate.read_results(tmp_path / "results.json")
+    results = stored(tmp_path)
     assert results["conditions"] == ["underwater", "clear", "underwater@0.5"]
     plain, adapted, full, same_plain = results["models"]
     means = results["means"]
@@ -4033,6 +4028,88 @@ def test_whole_models_beside_adapters_in_chosen_conditions(demo, finished, tmp_p
     assert means[plain] == means[same_plain]
     assert means[plain] != means[full]
     assert means[plain]["point degraded"] == means[plain]["point underwater"]
+
+def test_names_need_not_be_utf_8(demo, finished, tmp_path):
+    folder = tmp_path / os.fsdecode(b"d\xff\n")
+    shutil.copytree(demo / "demo", folder / "demo")
+    shutil.copy(demo / "w.pth", folder)
+    next((folder / "demo" / "test" / "clear").iterdir()).write_bytes(b"")
+    for name in "ab":
+        shutil.copy(finished[0] / "gara.pt", folder / f"{name}.pt")
+    files = folder / "a.pt", folder / "b.pt"
+    assert run_evaluate(folder, folder / "out", "--ckpt", *files, "--conditions", "clear", "fog") == 0
+    results = stored(folder / "out")
+    assert results["data"] == [str(folder / "demo")]
+    assert run_cli(evaluate.main, "--from", folder / "out" / "results.json", "--out", folder / "again") == 0
+    assert set(files_in(folder / "out")) - set(files_in(folder / "again")) == {"results.json", "samples.png"}
+
+# What one bad image, or one bad process, may not do.
+
+@pytest.fixture
+def copied_test(demo, tmp_path, monkeypatch):
+    """The working folder: a copy of demo/ to spoil, and its test images."""
+    shutil.copytree(demo / "demo", tmp_path / "demo")
+    shutil.copy(demo / "w.pth", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path, sorted((tmp_path / "demo" / "test" / "clear").iterdir())
+
+def spoil(monkeypatch, function, path, action):
+    """Have a function of data.py do something else with one image."""
+    usual = getattr(data, function)
+    monkeypatch.setattr(data, function, lambda first, *more: (action if first == str(path) else usual)(first, *more))
+
+def fails(*_):
+    raise RuntimeError("two\nlines")
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("function", ["read_image", "read_planes"])
+def test_whatever_an_image_raises_is_its_own_error(copied_test, monkeypatch, capsys, function, workers):
+    folder, images = copied_test
+    masks = images[1].parents[1] / "masks" / f"{images[1].stem}.npy"
+    spoil(monkeypatch, function, images[1] if function == "read_image" else masks, fails)
+    assert run_evaluate(folder, "out", "--no-corrupt", "--workers", workers) == 0
+    assert capsys.readouterr().err.count(images[1].stem) == 1
+    results = stored("out")
+    assert len(results["images"]) == 2
+    assert [images[1].stem in line for line in results["skipped"]] == [True]
+    assert run_evaluate(folder, "strict", "--no-corrupt", "--workers", workers, "--strict") == 2
+    assert one_error(capsys, images[1].stem)
+
+def test_a_worker_that_dies_ends_the_evaluation_in_one_line(copied_test, monkeypatch, capsys):
+    folder, images = copied_test
+    spoil(monkeypatch, "read_image", images[1], lambda *_: os._exit(7))
+    assert run_evaluate(folder, "out", "--no-corrupt", "--workers", 1) == 2
+    assert one_error(capsys, "worker")
+    assert not multiprocessing.active_children()
+
+def test_an_image_of_ten_pixels_is_measured_or_named(copied_test):
+    folder, images = copied_test
+    Image.fromarray(scene(10, 300)).save(images[0])
+    np.save(images[0].parents[1] / "masks" / f"{images[0].stem}.npy", np.ones((1, 10, 300), bool))
+    assert run_evaluate(folder, "out", "--conditions", "clear", "fog", "--workers", 1) == 0
+    results = stored("out")
+    assert len(results["images"]) + len(results["skipped"]) == 3
+
+def test_who_waits_for_a_process_that_has_ended_says_so(monkeypatch):
+    monkeypatch.setattr(evaluate.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluate.dist, "barrier", fails)
+    with refused("another process", kind=RuntimeError):
+        evaluate.wait_for_all()
+
+@pytest.mark.parametrize("arguments", [["--data", "demo", "--no-corrupt"], ["--from", "good.json"]])
+def test_only_one_program_writes_into_a_folder(copied_test, capsys, arguments):
+    folder, _ = copied_test
+    (folder / "good.json").write_text(json.dumps(made_up_results(SAM_ONLY, ("clear",))))
+    program = "import data, sys\nwith data.alone_in('out'): print(flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             env=os.environ | dict(PYTHONPATH=HERE))
+    other.stdout.readline()
+    usual = "--checkpoint", "w.pth", "--device", "cpu", "--workers", 0, "--out", "out"
+    assert run_cli(evaluate.main, *arguments, *usual) == 2
+    assert one_error(capsys, "out: another program")
+    other.kill()
+    other.communicate()
+    assert run_cli(evaluate.main, *arguments, *usual) == 0
 
 PREDICTORS = """
 import data, numpy as np, torch
