@@ -4200,84 +4200,278 @@ def test_other_predictors_by_plug(mistakes, capsys):
     assert run_evaluate(mistakes, "bad", "--predictor", "mine.py:small", "--limit", 1) == 2
     assert one_error(capsys, "--predictor", "(1, 9, 9)")
 
-def test_an_interrupted_evaluation_goes_on_with_two_processes(demo, finished, tmp_path, monkeypatch, capsys):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    files = "--ckpt", str(finished[0] / "last.pt")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert run_evaluate(demo, whole, *files) == 0
+# Interrupted evaluations.
+
+def interrupt_evaluate(monkeypatch, folder, rows, *more):
+    """Evaluate clear images until so many rows are there: the file that holds them."""
     measure = evaluate.evaluate
 
     def interrupted(*arguments):
-        yield next(measure(*arguments))
+        yield from itertools.islice(measure(*arguments), rows)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "evaluate", interrupted)
-        assert run_evaluate(demo, cut, *files) == 130
-    torch.set_num_threads(threads)
-    (unfinished,) = cut.glob("unfinished-*")
-    row = json.loads(unfinished.read_text())
-    row["scores"]["SAM"]["clear"]["box"][0][0] = 0.5  # a mark: what was measured is not measured again
-    unfinished.write_text(json.dumps(row) + "\n" + json.dumps(row)[:77])  # a line cut short
+        assert run_evaluate(folder, folder / "out", "--no-corrupt", *more) == 130
+    (unfinished,) = folder.glob("out/unfinished-*")
+    return unfinished
+
+def test_an_interrupted_evaluation_goes_on_with_two_processes(copied_test, monkeypatch):
+    folder, _ = copied_test
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert run_evaluate(folder, "whole", "--no-corrupt") == 0
+    unfinished = interrupt_evaluate(monkeypatch, folder, 1)
+    mark, row = json.loads(unfinished.read_text())
+    row["scores"]["SAM"]["clear"]["box"][0][0] = 0.5  # a sign: what was measured is not measured again
+    unfinished.write_text(json.dumps([mark, row]) + "\n" + json.dumps([mark, row])[:77])  # a line cut short
+    command = [evaluate.__file__, "--data", folder / "demo", "--checkpoint", folder / "w.pth", "--out", folder / "out",
+               "--device", "cpu", "--workers", "0", "--no-corrupt"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command = [evaluate.__file__, "--data", demo / "demo", "--checkpoint", demo / "w.pth", "--out", cut, "--device",
-               "cpu", "--workers", "0", *files]
     done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "1 of 3" in done.stderr
-    assert done.stdout.count("| GaRA - SAM |") == 1  # one voice
-    one, two = (evaluate.read_results(path / "results.json")["images"] for path in (whole, cut))
-    assert two[0]["scores"]["SAM"]["clear"]["box"][0][0] == 0.5
-    two[0]["scores"]["SAM"]["clear"]["box"][0][0] = one[0]["scores"]["SAM"]["clear"]["box"][0][0]
-    assert one == two
-    assert not list(tmp_path.glob("*/unfinished-*"))
+    assert done.stdout.count("| IoU by condition") == done.stdout.count("| SAM |") - 1  # one voice
+    first, *others = stored("out")["images"]
+    expected, *rest = stored("whole")["images"]
+    assert first["scores"]["SAM"]["clear"]["box"][0][0] == 0.5
+    assert others == pytest.approx(rest) or others == rest
+    assert not list(folder.glob("out/unfinished-*"))
 
-@pytest.mark.parametrize("module, last", [(figures, "draw_all"), (figures, "figure_samples"), (evaluate, "as_csv"),
-                                          (evaluate, "print_tables")])
+def exchange(folder, images):
+    Image.open(images[0]).rotate(180).save(images[0])
+
+def exchange_masks(folder, images):
+    path = images[0].parents[1] / "masks" / f"{images[0].stem}.npy"
+    np.save(path, np.load(path)[:, ::-1])
+
+def train_again(folder, images):
+    gara.save_adapter(tiny("lora", rank=3), folder / "a.pt")
+
+@pytest.mark.parametrize("change, more, kept", [
+    (None, [], ["2"]),
+    (exchange, [], ["1"]),
+    (exchange_masks, [], ["1"]),
+    (train_again, ["--ckpt", "a.pt"], []),
+    (None, ["--limit", 2], []),
+    (None, ["--batch-size", 2], []),
+    (None, ["--predictor", "mine.py:nonsense"], [])])
+def test_only_what_was_measured_on_the_same_is_taken_over(copied_test, monkeypatch, capsys, change, more, kept):
+    folder, images = copied_test
+    gara.save_adapter(tiny("lora"), folder / "a.pt")
+    (folder / "mine.py").write_text(PREDICTORS)
+    interrupt_evaluate(monkeypatch, folder, 2, *(more if change else ()))
+    if change:
+        change(folder, images)
+    capsys.readouterr()
+    assert run_evaluate(folder, "out", "--no-corrupt", *more) == 0
+    assert re.findall(r"(\d) of 3 pictures", capsys.readouterr().err) == kept
+
+def test_an_image_that_was_repaired_is_measured_after_all(copied_test, monkeypatch):
+    folder, images = copied_test
+    content, state = images[0].read_bytes(), os.stat(images[0])
+    images[0].write_bytes(bytes(len(content)))
+    os.utime(images[0], ns=(0, state.st_mtime_ns))
+    interrupt_evaluate(monkeypatch, folder, 2)
+    images[0].write_bytes(content)
+    os.utime(images[0], ns=(0, state.st_mtime_ns))
+    assert run_evaluate(folder, "out", "--no-corrupt") == 0
+    assert len(stored("out")["images"]) == 3
+    assert stored("out")["skipped"] == []
+
+def test_damaged_rows_are_measured_again(copied_test, monkeypatch, capsys):
+    folder, _ = copied_test
+    gara.save_adapter(tiny("gara"), folder / "a.pt")
+    unfinished = interrupt_evaluate(monkeypatch, folder, 3, "--ckpt", folder / "a.pt")
+    first, second, third = unfinished.read_bytes().strip().splitlines()
+    mark, row = json.loads(first)
+    damaged = [bytes(4096), b"\xff", b"[" * 5000, b"7", b"[]", b"[0, []]", b"{}", first[:-9], first + third]
+    for entry, value in (("at", 99), ("scores", {}), ("gates", {}), ("indices", [])):
+        damaged.append(json.dumps([mark, row | {entry: value}]).encode())
+    row["gates"]["GaRA"]["clear"][0] = [[7, "00"]]
+    damaged.append(json.dumps([mark, row]).encode())
+    unfinished.write_bytes(b"\n".join([*damaged, second, third[:99]]))
+    assert run_evaluate(folder, "out", "--no-corrupt", "--ckpt", folder / "a.pt") == 0
+    assert "1 of 3 pictures" in capsys.readouterr().err
+    assert len(stored("out")["images"]) == 3
+
+def test_rows_are_counted_before_results_are_written(copied_test, monkeypatch, capsys):
+    folder, _ = copied_test
+    measure = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda *arguments: itertools.islice(measure(*arguments), 2))
+    assert run_evaluate(folder, "out", "--no-corrupt") == 2
+    assert one_error(capsys, "1 of 3 rows")
+    assert not os.path.exists("out/results.json")
+
+@pytest.mark.parametrize("module, last", [(figures, "draw_all"), (figures, "figure_samples"), (evaluate, "as_csv")])
 def test_rows_are_kept_until_everything_is_written(demo, tmp_path, monkeypatch, capsys, module, last):
-    def fails(*arguments):
-        raise OSError("disk full")
-
     with monkeypatch.context() as patch:
         patch.setattr(module, last, fails)
         assert run_evaluate(demo, tmp_path, "--no-corrupt") == 2
     assert len(list(tmp_path.glob("unfinished-*"))) == 1
-    before = evaluate.read_results(tmp_path / "results.json")["images"]
+    before = stored(tmp_path)["images"]
     assert run_evaluate(demo, tmp_path, "--no-corrupt") == 0
     assert "3 of 3 pictures" in capsys.readouterr().err
-    assert evaluate.read_results(tmp_path / "results.json")["images"] == before
+    assert stored(tmp_path)["images"] == before
     assert not list(tmp_path.glob("unfinished-*"))
+
+WAITS = """
+import multiprocessing, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import evaluate
+measure = evaluate.predictions
+images = 0
+def predictions(*arguments):
+    global images
+    images += 1
+    if images == 2:
+        print("waits", flush=True)
+        time.sleep(600)
+    return measure(*arguments)
+evaluate.predictions = predictions
+multiprocessing.set_start_method(sys.argv[2])
+signal.signal(signal.SIGTERM, evaluate.terminate)
+sys.exit(evaluate.main(sys.argv[3:]))
+"""
+
+def processes_of(group):
+    """The ids of the processes of a group that are still there."""
+    found = subprocess.run(["ps", "-eo", "pgid,pid,stat"], capture_output=True, text=True).stdout
+    lines = [line.split() for line in found.splitlines()]
+    return [pid for pgid, pid, state in lines if pgid == str(group) and not state.startswith("Z")]
+
+@pytest.mark.parametrize("number, method, group", [
+    (signal.SIGKILL, "fork", False), (signal.SIGTERM, "spawn", True)])
+def test_no_process_outlives_an_evaluation_that_is_killed(demo, tmp_path, number, method, group):
+    words = ["--data", demo / "demo", "--checkpoint", demo / "w.pth", "--out", tmp_path, "--no-corrupt",
+             "--workers", 2, "--device", "cpu"]
+    program = subprocess.Popen([sys.executable, "-c", WAITS, HERE, method, *map(str, words)], start_new_session=True,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert program.stdout.readline() == "waits\n"
+    if group:
+        os.killpg(program.pid, number)
+    else:
+        program.send_signal(number)
+    _, errors = program.communicate(timeout=60)
+    deadline = time.monotonic() + 20
+    while processes_of(program.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_of(program.pid) == []
+    assert program.returncode == (-9 if number == signal.SIGKILL else 143)
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob("*.part"))
+
+# Stored scores.
 
 def test_stored_scores_of_several_runs_stand_side_by_side(demo, finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     gara.save_adapter(tiny("lora"), "lora.pt")
     shutil.copy(finished[0] / "last.pt", "gara.pt")
-    options = ("--limit", 2, "--conditions", "clear", "fog", "snow", "--strengths", 0.5, 1)
+    options = ("--limit", 2, "--conditions", "clear", "fog", "--strengths", 0.5, 1)
     for out, files in (("a", ["gara.pt"]), ("b", ["lora.pt"]), ("both", ["gara.pt", "lora.pt"])):
         assert run_evaluate(demo, out, "--ckpt", *files, *options) == 0
     both = capsys.readouterr().out.split("conditions; vit_t")[-1].split("\n", 1)[1].split("written")[0]
     assert run_cli(evaluate.main, "--from", "a/results.json", "b/results.json", "--out", "merged") == 0
     assert capsys.readouterr().out.split("written")[0] == both.lstrip("\n")
-    names = ["corruptions", "dependence_GaRA", "gates_GaRA", "open_GaRA", "results", "strength", "strength_gates_GaRA"]
-    assert sorted(os.path.splitext(name)[0] for name in os.listdir("merged")) == names
-    for name in os.listdir("merged"):
-        assert open(f"merged/{name}", "rb").read() == open(f"both/{name}", "rb").read()
-    assert evaluate.read_results("a/results.json")["conditions"] == ["clear", "fog", "snow", "fog@0.5", "snow@0.5"]
+    assert len(files_in("merged")) == 7
+    for name in files_in("merged"):
+        merged, measured = (open(f"{out}/{name}", "rb").read() for out in ("merged", "both"))
+        assert merged == measured
+    assert stored("a")["conditions"] == ["clear", "fog", "fog@0.5"]
+
+def spoiled(*path, value=None, **options):
+    """A results.json with another value at a path."""
+    results = made_up_results({**SAM_ONLY, "GaRA": gara_of(0.5)}, ("clear", "fog"), images=2, **options)
+    entry = results
+    for key in path[:-1]:
+        entry = entry[key]
+    entry[path[-1]] = value
+    return results
+
+ONE_SCORE = "images", 1, "scores", "SAM", "fog", "box", 1
+ONE_GATE = "images", 1, "gates", "GaRA", "fog", 0
 
 @pytest.mark.parametrize("content, words", [
-    ("{", "text.json"), ("[]", "measure again"), ('{"format": "gara-sam results 1"}', "measure again"),
-    (None, "text.json"), (made_up_results(SAM_ONLY, ("clear", "fog")), "conditions"),
-    (made_up_results(SAM_ONLY, images=3), "pictures or masks")])
+    ("{", "text.json"), ("[]", "text.json"), ("[" * 10 ** 5, "text.json"), (None, "text.json"),
+    ('{"format": "gara-sam results 1"}', "measure again"),
+    (made_up_results(SAM_ONLY), "conditions"),
+    (made_up_results(SAM_ONLY, ("clear", "fog"), images=3), "pictures or masks"),
+    (spoiled(*ONE_SCORE, value=[math.nan, 0, 0]), "scores"),
+    (spoiled(*ONE_SCORE, value=[1, 1, 1.5]), "scores"),
+    (spoiled(*ONE_SCORE, value=[1, 1, "1"]), "text.json"),
+    (spoiled(*ONE_SCORE, value=[10 ** 400, 1, 1]), "text.json"),
+    (spoiled(*ONE_SCORE, value=[1, 1]), "text.json"),
+    (spoiled(*ONE_GATE, value=[[2, "0000"]]), "gates"),
+    (spoiled(*ONE_GATE, value=[[1, "000000"]]), "text.json"),
+    (spoiled(*ONE_GATE, value=[[1, "0000"]] * 2), "text.json"),
+    (spoiled("conditions", 1, value="clear"), "conditions"),
+    (spoiled("conditions", 1, value="fig"), "'fig'"),
+    (spoiled("models", "GaRA", "options", value={}), "options"),
+    (spoiled("models", "GaRA", "options", "rank_low", value=-3), "text.json"),
+    (spoiled("models", value={}), "models"),
+    (spoiled("images", value=[]), "text.json"),
+    (spoiled("images", 0, value=[]), "text.json"),
+    (spoiled("images", 0, "indices", value=7), "text.json"),
+    (spoiled("data", value=["demo/", "b/"]), "data"),
+    (spoiled("backbone", value="vit_x"), "vit_x"),
+    (spoiled("average", value="median"), "average")])
 def test_stored_scores_that_do_not_fit_are_refused(tmp_path, monkeypatch, capsys, content, words):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "good.json").write_text(json.dumps(made_up_results(SAM_ONLY)))
+    (tmp_path / "good.json").write_text(json.dumps(made_up_results(SAM_ONLY, ("clear", "fog"), images=2)))
     if content:
         (tmp_path / "text.json").write_text(content if isinstance(content, str) else json.dumps(content))
     assert run_cli(evaluate.main, "--from", "good.json", "text.json", "--out", "new") == 2
-    assert one_error(capsys, words)
+    assert one_error(capsys, "text.json", words)
     assert not os.path.exists("new")
+
+def changed_anywhere(text, rng):
+    """A JSON file with one of its values, at any depth, left out or exchanged for one of another form."""
+    whole = place = json.loads(text)
+    while True:
+        keys = list(place) if isinstance(place, dict) else range(len(place))
+        key = keys[rng.integers(len(keys))]
+        inner = place[key]
+        if not isinstance(inner, (dict, list)) or not inner or rng.random() < 0.3:
+            break
+        place = inner
+    others = [None, True, -1, 3.5, math.nan, math.inf, 10 ** 30, "", "fog", "x\udcff\n", [], {}, [[inner]], {"a": inner}]
+    choice = rng.integers(len(others) + 1)
+    if choice < len(others):
+        place[key] = others[choice]
+    else:
+        del place[key]
+    return json.dumps(whole)
+
+def test_any_other_form_of_stored_scores_is_fine_or_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "DRAWS", 9)
+    monkeypatch.setattr(figures, "DRAWS", 9)
+    text = json.dumps(made_up_results({**SAM_ONLY, "GaRA": gara_of(0.5)}, ("clear", "fog"), images=2, layers=1))
+    rng = np.random.default_rng(0)
+    codes = Counter()
+    for _ in range(80):
+        (tmp_path / "m.json").write_text(changed_anywhere(text, rng))
+        code = run_cli(evaluate.main, "--from", "m.json", "--out", "new")
+        codes[code] += 1
+        printed = capsys.readouterr()
+        if code == 2:
+            assert re.fullmatch("error: .*m.json.*\n", printed.err)
+        else:
+            assert "| nan" not in printed.out
+    assert codes.keys() == {0, 2}
+
+def test_images_models_and_files_of_one_name_stay_apart(tmp_path):
+    models = {"GaRA (a/b)": gara_of(0.5), "GaRA (a_b)": gara_of(1.0), "GaRA (a b)": gara_of(2.0)}
+    results = made_up_results(models, ("clear",), images=2)
+    for image in results["images"]:
+        image["name"] = "0"
+    assert "images: 2, masks: 3" in figures.about_of(results)
+    assert len({*figures.draw_all(results, tmp_path)}) == 7
+
+def test_models_of_one_name_and_other_scores_stand_beside_each_other():
+    parts = {path: made_up_results(SAM_ONLY, ("clear",), seed=seed) for seed, path in enumerate("abc")}
+    parts["d"] = made_up_results({"SAM (c)": SAM_ONLY["SAM"]}, ("clear",), seed=9)
+    merged = evaluate.merge(parts)
+    assert list(merged["models"]) == ["SAM", "SAM (b)", "SAM (c)", "SAM (c) (d)"]
 
 def test_the_papers_figures():
     """Some as printed. And as Dice = 2 IoU / (1 + IoU) is concave, no mean Dice can be above that of the mean IoU."""
