@@ -23,7 +23,6 @@ command line. Figures are drawn by assets/figures.py.
 Written to `--out`: results.json (its form: see `measure`), results.csv (the means), and the figures as PNG.
 """
 import argparse
-import contextlib
 import copy
 import csv
 import datetime
@@ -251,10 +250,10 @@ def evaluate(models, dataset, conditions, batch_size=4, amp="off", workers=0, to
             scores[name] = {}
             predicted = predictions(model, images, points, boxes, batch_size, amp)
             for condition, prediction in zip(conditions, predicted):
-                scores[name][condition] = {}
+                by_prompt = scores[name][condition] = {}
                 for prompt in PROMPTS:
                     values = mask_scores(prediction[prompt], truth)
-                    scores[name][condition][prompt] = values.round(6).tolist()
+                    by_prompt[prompt] = values.round(6).tolist()
                 if "gates" in prediction:
                     gates.setdefault(name, {})[condition] = prediction["gates"]
         yield dict(
@@ -282,8 +281,7 @@ def evaluate_shared(args, models, dataset, number, results):
     if args.rank == 0 and done:
         print(f"{len(done):,} of {len(marks):,} pictures of {dataset.root} were measured before", file=sys.stderr)
 
-    todo = sorted(marks.keys() - done)
-    own = todo[args.rank::args.world_size]
+    own = sorted(marks.keys() - done)[args.rank::args.world_size]
     progress = data.Progress(f"evaluating {len(models)} models in {len(args.conditions)} conditions", len(own))
     with open(f"{files}{args.rank}.jsonl", "a") as file:
         file.write("\n")  # ends a line that was cut short
@@ -350,17 +348,16 @@ def read_rows(files, marks, results):
     paths = sorted(glob.glob(glob.escape(files) + "*.jsonl"))
     for path in paths:
         with open(path, "rb") as file:
-            lines = file.readlines()
-        for line in lines:
-            try:
-                mark, row = json.loads(line)
-                at, skipped = row["at"], "skipped" in row
-                if not skipped:
-                    check_images([row], results)
-                if mark == marks[at] and not (skipped and at in rows):
-                    rows[at] = row
-            except DAMAGE:
-                continue
+            for line in file:
+                try:
+                    mark, row = json.loads(line)
+                    at, skipped = row["at"], "skipped" in row
+                    if not skipped:
+                        check_images([row], results)
+                    if mark == marks[at] and not (skipped and at in rows):
+                        rows[at] = row
+                except DAMAGE:
+                    continue
     return rows, paths
 
 
@@ -374,8 +371,8 @@ def wait_for_all():
 
 
 def measure(args, models, about, backbone, datasets):
-    """All scores: (the content of results.json, files to remove once it is safe), in the first process, to which the
-    others only contribute. The form of results.json:
+    """All scores: (the content of results.json, files to remove once it is safe); None but in the first process, to
+    which the others only contribute. The form of results.json:
 
     format, data (roots), split, backbone, ckpt, prompts (files), amp, average, torch, machine, seconds, conditions;
     models: {name: {file, method, options, learnable_parameters}};
@@ -419,7 +416,7 @@ def measure(args, models, about, backbone, datasets):
         results["skipped"] += dataset.skipped
         print(dataset.summary())
     if args.rank:
-        return results, []
+        return None
 
     results["seconds"] = round(time.monotonic() - started, 1)
     count = sum(len(image["indices"]) for image in images)
@@ -439,10 +436,9 @@ def add_summaries(results):
     def summary(images):
         return summarize(images, list(results["models"]), results["conditions"], results["average"])
 
-    roots = results["data"] if len(results["data"]) > 1 else []
     results |= summary(results["images"])
     results["by_data"] = {}
-    for root in roots:
+    for root in results["data"] if len(results["data"]) > 1 else ():
         results["by_data"][root] = summary([image for image in results["images"] if image["data"] == root])
     return results
 
@@ -459,7 +455,7 @@ def summarize(images, models, conditions, average="masks"):
     weights = np.array([len(image["indices"]) for image in images], float)  # masks of each image
     if average == "images":
         sums = sums / weights[:, None, None, None]
-        weights = np.ones(len(images))
+        weights = np.ones_like(weights)
     means = sums.sum(0) / weights.sum()  # (models, columns, metrics)
     drawn = bootstrap(sums, weights)  # (draws, models, columns, metrics)
 
@@ -487,7 +483,7 @@ def score_sums(images, models, conditions):
         for m, model in enumerate(models):
             sums[i, m] = figures.scores_of(image, model, conditions).sum(2)
     columns = [f"{prompt} {condition}" for prompt in PROMPTS for condition in conditions]
-    parts = [sums.reshape(len(images), len(models), len(columns), len(METRICS))]
+    parts = [sums.reshape(*sums.shape[:2], len(columns), len(METRICS))]
 
     degraded = [conditions.index(condition) for condition in data.degraded_conditions(conditions)]
     if degraded:
@@ -549,11 +545,10 @@ def read_results(path):
 def check_results(results):
     """Raises one of DAMAGE unless all that is read of a results.json has the form that `measure` says."""
     models, images, conditions = results["models"], results["images"], results["conditions"]
-    roots = dict.fromkeys(image["data"] for image in images)
+    roots = dict.fromkeys(identity(image)[0] for image in images)
+    require("data", results["data"] == list(roots) != [])
     require("models", models)
-    require("images", list(map(identity, images)))
     require("split", results["split"])
-    require("data", results["data"] == list(roots))
     require("average", results["average"] in AVERAGES)
     require("conditions", len({*conditions}) == len(conditions))
     for condition in conditions:
@@ -571,12 +566,11 @@ def check_images(images, results):
     """Raises one of DAMAGE unless these images of `results` are whole: each score a share, each gate's decision there."""
     models, conditions = results["models"], results["conditions"]
     for image in images:
-        require("images", isinstance(image["at"], int))
         shape = (len(PROMPTS), len(conditions), len(image["indices"]), len(METRICS))
         for model in models:
             scores = figures.scores_of(image, model, conditions)
-            require("scores", scores.shape == shape and scores.dtype.kind in "fi")
-            require("scores", (scores == scores.clip(0, 1)).all())  # which NaN is not
+            shares = scores.dtype.kind in "fi" and (scores == scores.clip(0, 1)).all()  # which NaN is not
+            require("scores", scores.shape == shape and shares)
     for model in figures.gated_models(results):
         forms = set()
         for condition in conditions:
@@ -621,7 +615,7 @@ def merge(parts):
 
 def identity(image):
     """What must be equal for scores of two results.json to be compared: the image and its masks."""
-    return [image[key] for key in ("data", "name", "indices", "areas")]
+    return [image[key] for key in ("data", "at", "name", "indices", "areas")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -676,11 +670,8 @@ def table(heads, rows, left=1):
 def print_tables(results, paper=None):
     """The tables of a results.json, as Markdown. paper: the name in `read_paper` whose figures stand below ours."""
     models = list(results["models"])
-    columns = []
-    for prompt in PROMPTS:
-        for kind in ("degraded", "clear"):
-            if f"{prompt} {kind}" in results["means"][models[0]]:
-                columns.append(f"{prompt} {kind}")
+    kinds = [kind for kind in ("degraded", "clear") if f"point {kind}" in results["means"][models[0]]]
+    columns = [f"{prompt} {kind}" for prompt in PROMPTS for kind in kinds]
 
     print(score_table(results, columns, paper))
     better = " Bold: better than every other model here, by a paired interval." if len(models) > 1 else ""
@@ -770,10 +761,9 @@ def as_csv(results):
     for root, summary in summaries(results):
         for model, means in summary["means"].items():
             for column, scores in means.items():
-                prompt, condition = column.split(" ", 1)
                 for metric, mean, interval in zip(METRICS, scores, summary["intervals"][model][column]):
                     numbers = [f"{value:.6f}" for value in (mean, *interval)]
-                    lines.writerow([root, model, prompt, condition, metric, *numbers])
+                    lines.writerow([root, model, *column.split(" ", 1), metric, *numbers])
     return file.getvalue()
 
 
@@ -859,15 +849,13 @@ def load_models(ckpts, backbone, checkpoint, device, predictors=()):
 
 def common_base(contents, backbone):
     """(backbone, image size or None) that adapter files and --backbone agree on. ValueError if they do not."""
-    backbones = {content["backbone"] for content in contents} | ({backbone} if backbone else set())
-    if len(backbones) > 1:
-        raise ValueError(f"--ckpt and --backbone name different backbones ({', '.join(sorted(backbones))}): one at a "
-                         "time")
-    sizes = {content["image_size"] for content in contents}
-    if len(sizes) > 1:
-        raise ValueError(f"--ckpt names adapters for different image sizes ({', '.join(map(str, sorted(sizes)))}): one "
-                         "at a time")
-    return next(iter(backbones), "vit_t"), next(iter(sizes), None)
+    bases = dict(backbone={backbone} - {None}, image_size=set())
+    for name, values in bases.items():
+        values.update(content[name] for content in contents)
+        if len(values) > 1:
+            raise ValueError(f"--ckpt and --backbone name more than one {name.replace('_', ' ')} "
+                             f"({', '.join(map(str, sorted(values)))}): one at a time")
+    return next(iter(bases["backbone"]), "vit_t"), next(iter(bases["image_size"]), None)
 
 
 def load_predictor(spec):
@@ -876,8 +864,9 @@ def load_predictor(spec):
     if isinstance(made, type) or not hasattr(made, "set_image"):
         with foreign("--predictor", spec):
             made = made()
-    if not callable(getattr(made, "set_image", None)) or not callable(getattr(made, "predict", None)):
-        raise ValueError(f"--predictor {spec}: it has no set_image and predict as the official SamPredictor has")
+    for name in ("set_image", "predict"):
+        if not callable(getattr(made, name, None)):
+            raise ValueError(f"--predictor {spec}: it has no set_image and predict as the official SamPredictor has")
     return made
 
 
@@ -941,8 +930,7 @@ def parse(argv):
     if args.workers is None:
         args.workers = min(8, (os.cpu_count() or 2) // 2 // args.world_size)
     if args.device is None:
-        gpu = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if args.world_size > 1 else "cuda"
-        args.device = gpu if torch.cuda.is_available() else "cpu"
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     return args
 
 
@@ -967,7 +955,7 @@ def run(args):
             show(results, args)
         return
 
-    if len({os.path.realpath(root) for root in args.data}) < len(args.data):
+    if len({*map(os.path.realpath, args.data)}) < len(args.data):
         raise ValueError("--data names a folder twice: its masks would count twice")
     keep_freed_memory()
     if args.world_size > 1:  # they only wait for each other, the slowest one as long as it takes
@@ -979,10 +967,11 @@ def run(args):
             data.make_missing_demo(root)
     wait_for_all()
     datasets = data.load_datasets(args.data, args.split, args.strict, args.prompts)
-    with data.alone_in(args.out) if args.rank == 0 else contextlib.nullcontext():
+    if args.rank:
+        measure(args, models, about, backbone, datasets)
+        return
+    with data.alone_in(args.out):
         results, unfinished = measure(args, models, about, backbone, datasets)
-        if args.rank:
-            return
         path = os.path.join(args.out, "results.json")
         data.save_text(json.dumps(results), path)
         rows = predict_samples(results, models, datasets, args.amp)
@@ -1012,9 +1001,9 @@ def main(argv=None):
     except (data.DatasetError, ValueError, OSError, RuntimeError, AssertionError) as error:  # last: no CUDA in torch
         print(f"error: {(str(error) or repr(error)).splitlines()[0]}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 128 + (stop.args or (signal.SIGINT,))[0]
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1022,8 +1011,8 @@ def main(argv=None):
 
 
 def terminate(number, _):
-    """A cluster's SIGTERM ends the program as Ctrl-C does."""
-    raise KeyboardInterrupt(number)
+    """A cluster's SIGTERM: all that is open is closed, and the same command goes on."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -338,7 +338,7 @@ def draw_all(results, out):
 
 def about_of(results):
     """The line below a figure's title: the data that it shows."""
-    masks = {(image["data"], image["at"]): len(image["indices"]) for image in results["images"]}
+    masks = {(image["data"], str(image["at"])): len(image["indices"]) for image in results["images"]}
     return f"{', '.join(results['data'])[:70]}, {results['split']} split, {results['backbone']}; " \
            f"images: {len(masks):,}, masks: {sum(masks.values()):,}"
 
