@@ -537,7 +537,9 @@ def temperatures(results):
 
 def figure_temperature(results, path):
     """Figure 5: IoU against the temperature that GaRA's Gumbel-Sigmoid was trained with. Flat: it matters little."""
-    styles = {"clear": Style(COLOURS[2], "circle")}
+    styles = {}
+    if "clear" in results["conditions"]:
+        styles["clear"] = Style(COLOURS[2], "circle")
     if data.degraded_conditions(results["conditions"]):
         styles["degraded"] = Style(RED, "square")
     models = dict(sorted(temperatures(results).items()))
