@@ -839,7 +839,7 @@ def load_models(ckpts, backbone, checkpoint, device, predictors=()):
         model = copy.deepcopy(base, dict(frozen))  # the memo keeps the frozen tensors shared
         gara.load_adapter(model, path)
         learnable = sum(value.numel() for value in gara.adapter_state(model).values())
-        add(name_of(content), path, model.to(device).eval(), content["method"], content["options"], learnable)
+        add(name_of(content), path, model.to(device).eval(), *model.adapter.values(), learnable)
     for path in whole:
         add("SAM", path, build_sam(backbone, path, image_size).to(device), "full", {})
     for spec in predictors:

@@ -4163,6 +4163,7 @@ def mistakes(demo, tmp_path, monkeypatch):
     (["--conditions", "night", "--no-corrupt"], "--no-corrupt"),
     (["--conditions", "x"], "'x'"),
     (["--costs"], "--costs"),
+    (["--data", "demo", "./demo/"], "twice"),
     (["--predictor", "none.py:x"], "none.py"),
     (["--predictor", "w.pth:x"], "FILE.py:NAME"),
     (["--predictor", "mine.py:broken"], "ZeroDivisionError"),
