@@ -127,6 +127,7 @@ def prepared(dataset, conditions, workers, todo):
         for worker in multiprocessing.active_children():
             if worker not in before:
                 worker.kill()
+                worker.join()
 
 
 def predictions(model, images, points, boxes, batch_size=4, amp="off"):
@@ -237,7 +238,7 @@ def evaluate(models, dataset, conditions, batch_size=4, amp="off", workers=0, to
     gates[model][condition] (see `predictions`). An image that cannot be read gives dict(at, skipped=why).
     """
     todo = range(len(dataset)) if todo is None else todo
-    for at, item in zip(todo, prepared(dataset, conditions, workers, todo)):
+    for item, at in zip(prepared(dataset, conditions, workers, todo), todo):
         if isinstance(item, data.SampleError):
             if dataset.skip(item):
                 print(f"skipped: {item}", file=sys.stderr)
