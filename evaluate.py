@@ -26,12 +26,15 @@ import argparse
 import copy
 import csv
 import datetime
+import functools
 import glob
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import platform
+import signal
 import sys
 import time
 
@@ -47,9 +50,12 @@ from sam import BACKBONES, ResizeLongestSide, build_sam, find_checkpoint, foreig
 
 FORMAT = "gara-sam results 3"
 METRICS = ("IoU", "Dice", "PA")
+AVERAGES = ("masks", "images")  # what counts alike in a mean
 DECODED_AT_ONCE = 32  # prompts; their masks at full size are what takes memory
 DRAWS = 2000  # of the bootstrap
 NOISE = 1e-9  # differences of sums that are equal but for rounding
+# What reading raises from a file of scores that is damaged, or of another form.
+DAMAGE = (*data.DAMAGED, *data.FORM, data.DatasetError)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,7 +70,8 @@ def mask_scores(prediction, truth):
     all counted at the image's own resolution however small the mask. An empty prediction scores 0 in the first two.
     data.py drops empty truths; should both be empty nevertheless, they agree and score 1.
     """
-    prediction, truth = torch.as_tensor(prediction), torch.as_tensor(truth)
+    prediction = torch.as_tensor(prediction)
+    truth = torch.as_tensor(truth, device=prediction.device)
 
     def area(masks):
         return masks.sum((-2, -1)).double()
@@ -78,38 +85,49 @@ def mask_scores(prediction, truth):
     return torch.stack([iou, dice, accuracy], dim=-1).cpu().numpy()
 
 
-class EvaluationSet(torch.utils.data.Dataset):
-    """What a worker prepares for one image: its masks, its prompts, and the image in every condition.
+def prepare(conditions, sample):
+    """What a worker does for one image: (the image in every condition, points, boxes, masks, their indices).
 
-    A bad sample comes back as its SampleError, for the main process to report.
+    Whatever a bad sample raises comes back as its SampleError, for the main process to report.
     """
-
-    def __init__(self, samples, conditions):
-        self.samples, self.conditions = samples, conditions
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        sample = self.samples[index]
-        try:
-            masks = sample.masks()
-            points, boxes = sample.prompts(masks)
-            images = [sample.image(condition) for condition in self.conditions]
-        except data.SampleError as error:
-            return error
-        return dict(
-            name=sample.name,
-            indices=list(sample.indices),
-            masks=masks,
-            points=points,
-            boxes=boxes,
-            images=images)
+    try:
+        masks = sample.masks()
+        points, boxes = sample.prompts(masks)
+        images = [sample.image(condition) for condition in conditions]
+        return images, points, boxes, torch.from_numpy(masks), list(sample.indices)
+    except data.SampleError as error:
+        return error
+    except Exception as error:  # no image ends the evaluation of the others
+        return data.SampleError(f"{sample.clear}: cannot be used ({error!r})")
 
 
-def unchanged(item):
-    """The loader's collate function: no lambda, so that it reaches workers that are spawned."""
-    return item
+def start_worker(_):
+    """A worker ends with its parent, whatever ends that one, and not by a Ctrl-C or SIGTERM that reaches both."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    data.end_with_parent()
+
+
+def prepared(dataset, conditions, workers, todo):
+    """What `prepare` makes of each image numbered in `todo`. No worker outlives this generator, however it ends."""
+    before = multiprocessing.active_children()
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        sampler=todo,
+        batch_size=None,
+        collate_fn=functools.partial(prepare, conditions),
+        num_workers=workers,
+        worker_init_fn=start_worker)
+    try:
+        items = iter(loader)
+        if workers:  # a dead one is noticed when its image is waited for; PyTorch's handler breaks in anywhere
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from items
+    finally:
+        for worker in multiprocessing.active_children():
+            if worker not in before:
+                worker.kill()
+                worker.join()
 
 
 def predictions(model, images, points, boxes, batch_size=4, amp="off"):
@@ -220,61 +238,56 @@ def evaluate(models, dataset, conditions, batch_size=4, amp="off", workers=0, to
     gates[model][condition] (see `predictions`). An image that cannot be read gives dict(at, skipped=why).
     """
     todo = range(len(dataset)) if todo is None else todo
-    items = torch.utils.data.Subset(EvaluationSet(dataset, conditions), todo)
-    loader = torch.utils.data.DataLoader(items, batch_size=None, num_workers=workers, collate_fn=unchanged,
-                                         prefetch_factor=2 if workers else None)
-    for at, item in zip(todo, loader):
+    for item, at in zip(prepared(dataset, conditions, workers, todo), todo):
         if isinstance(item, data.SampleError):
             if dataset.skip(item):
                 print(f"skipped: {item}", file=sys.stderr)
             yield dict(at=at, skipped=str(item))
             continue
 
-        images, points, boxes = item["images"], item["points"], item["boxes"]
-        truth = torch.from_numpy(item["masks"])
+        images, points, boxes, truth, indices = item
         scores, gates = {}, {}
         for name, model in models.items():
             scores[name] = {}
             predicted = predictions(model, images, points, boxes, batch_size, amp)
             for condition, prediction in zip(conditions, predicted):
-                scores[name][condition] = {}
+                by_prompt = scores[name][condition] = {}
                 for prompt in PROMPTS:
-                    masks = prediction[prompt]
-                    values = mask_scores(masks, truth.to(masks.device))
-                    scores[name][condition][prompt] = values.round(6).tolist()
+                    values = mask_scores(prediction[prompt], truth)
+                    by_prompt[prompt] = values.round(6).tolist()
                 if "gates" in prediction:
                     gates.setdefault(name, {})[condition] = prediction["gates"]
         yield dict(
             at=at,
-            name=item["name"],
+            name=dataset[at].name,
             size=list(truth.shape[1:]),
-            indices=item["indices"],
+            indices=indices,
             areas=truth.sum((1, 2)).tolist(),
             scores=scores,
             gates=gates)
 
 
-def evaluate_shared(args, models, dataset, number):
+def evaluate_shared(args, models, dataset, number, results):
     """`evaluate`, the images shared by all processes and every row kept in a file at once: (rows in order, files).
 
-    The files, args.out/unfinished-NUMBER-KEY-RANK.jsonl, are named after all that the rows depend on. What a run that
-    was interrupted left there is taken over, however many processes it had. Rows go to the first process alone.
+    The files, args.out/unfinished-NUMBER-KEY-RANK.jsonl, are named after all settings and models that the rows depend
+    on. What a run that was interrupted left there is taken over where the image is still the same, however many
+    processes it had; what could not be read is tried again. Rows go to the first process alone.
     """
     files = os.path.join(args.out, f"unfinished-{number}-{key_of(args, models, dataset)}-")
-    pattern = glob.escape(files) + "*.jsonl"
-    done, _ = read_rows(pattern)
+    marks = {at: mark_of(sample, args.conditions) for at, sample in enumerate(dataset)}
+    rows, _ = read_rows(files, marks, results)
     wait_for_all()  # nobody may write before everybody has read
+    done = [at for at, row in rows.items() if "scores" in row]
     if args.rank == 0 and done:
-        print(f"{len(done):,} of {len(dataset):,} pictures of {dataset.root} were measured before", file=sys.stderr)
+        print(f"{len(done):,} of {len(marks):,} pictures of {dataset.root} were measured before", file=sys.stderr)
 
-    own = f"{files}{args.rank}.jsonl"
-    kept, _ = read_rows(glob.escape(own))
-    data.save_text("".join(json.dumps(row) + "\n" for row in kept.values()), own)  # without a line cut short
-    todo = [at for at in range(len(dataset)) if at not in done][args.rank::args.world_size]
-    progress = data.Progress(f"evaluating {len(models)} models in {len(args.conditions)} conditions", len(todo))
-    with open(own, "a") as file:
-        for row in evaluate(models, dataset, args.conditions, args.batch_size, args.amp, args.workers, todo):
-            file.write(json.dumps(row) + "\n")
+    own = sorted(marks.keys() - done)[args.rank::args.world_size]
+    progress = data.Progress(f"evaluating {len(models)} models in {len(args.conditions)} conditions", len(own))
+    with open(f"{files}{args.rank}.jsonl", "a") as file:
+        file.write("\n")  # ends a line that was cut short
+        for row in evaluate(models, dataset, args.conditions, args.batch_size, args.amp, args.workers, own):
+            file.write(json.dumps([marks[row["at"]], row]) + "\n")
             file.flush()
             progress.update()
     progress.close()
@@ -282,88 +295,92 @@ def evaluate_shared(args, models, dataset, number):
     wait_for_all()
     if args.rank:
         return [], []
-    rows, paths = read_rows(pattern)
-    return [rows[at] for at in sorted(rows)], paths
+    rows, paths = read_rows(files, marks, results)
+    if len(rows) < len(marks):
+        raise data.DatasetError(f"{files}*: {len(marks) - len(rows):,} of {len(marks):,} rows are gone or damaged: the "
+                                "same command measures them again")
+    return [rows[at] for at in marks], paths
 
 
 def key_of(args, models, dataset):
-    """A short digest of all that the rows of `evaluate` depend on."""
+    """A digest of all that the rows of `evaluate` depend on, but for the images: see `mark_of`."""
     plugged = [spec.rpartition(":")[0] for spec in args.predictor]
     paths = [*args.ckpt, *plugged, *(args.prompts or ())]
-    about = dict(
-        root=dataset.root,
-        split=dataset.split,
-        kind=dataset.kind,
-        conditions=args.conditions,
-        amp=args.amp,
-        names=[sample.name for sample in dataset],
-        models=list(models),
-        batch_size=args.batch_size,
-        device=torch.device(args.device).type,
-        torch=torch.__version__,
-        files=[digest(path) for path in paths if path != "sam"],
-        base=gara.fingerprint(models["SAM"]))
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+    return digest(
+        paths,
+        dataset.root,
+        dataset.split,
+        args.limit,
+        args.conditions,
+        args.amp,
+        args.batch_size,
+        torch.device(args.device).type,
+        torch.__version__,
+        list(models),
+        gara.fingerprint(models["SAM"]))
 
 
-def read_rows(pattern):
-    """({number of the image: its row}, the files), from all files of a pattern; a line cut short is left out."""
-    rows = {}
-    paths = glob.glob(pattern)
+def mark_of(sample, conditions):
+    """A digest of what a row is measured on: an image's annotation and files."""
+    paths = [sample.clear, sample.source]
+    for condition in conditions:
+        if condition in sample.ready:
+            stem = os.path.join(sample.folder, condition, sample.name)
+            paths += [stem + ending for ending in data.IMAGE_ENDINGS]
+    return digest(paths, sample.name, sample.size, getattr(sample.read, "args", None))
+
+
+def digest(paths, *parts):
+    """A few hex digits that stand for these parts, and for the files: a file is the same while its size and time are."""
+    about = [*parts]
     for path in paths:
-        with open(path) as file:
+        if os.path.exists(path):
+            state = os.stat(path)
+            about.append((path, state.st_size, state.st_mtime_ns))
+    return hashlib.sha256(ascii(about).encode()).hexdigest()[:12]
+
+
+def read_rows(files, marks, results):
+    """({number of the image: its row}, the files): all rows that are whole, and whose image still has its mark.
+
+    What a crash or a power cut has damaged is left out, and so measured again.
+    """
+    rows = {}
+    paths = sorted(glob.glob(glob.escape(files) + "*.jsonl"))
+    for path in paths:
+        with open(path, "rb") as file:
             for line in file:
-                if line.endswith("\n"):
-                    row = json.loads(line)
-                    rows[row["at"]] = row
+                try:
+                    mark, row = json.loads(line)
+                    at, skipped = row["at"], "skipped" in row
+                    if not skipped:
+                        check_images([row], results)
+                    if mark == marks[at] and not (skipped and at in rows):
+                        rows[at] = row
+                except DAMAGE:
+                    continue
     return rows, paths
 
 
-def digest(path):
-    """Hex digest of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
-
-
 def wait_for_all():
-    """All processes of the run meet here."""
+    """All processes of the run meet here. RuntimeError in those whose fellow has ended."""
     if dist.is_initialized():
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError:
+            raise RuntimeError("another process of this run has ended, and said why") from None
 
 
-def measure(args, models, about, backbone):
-    """All scores: (the content of results.json, datasets, files to remove once it is safe), or None in all processes
-    but the first. The form of results.json:
+def measure(args, models, about, backbone, datasets):
+    """All scores: (the content of results.json, files to remove once it is safe); None but in the first process, to
+    which the others only contribute. The form of results.json:
 
     format, data (roots), split, backbone, ckpt, prompts (files), amp, average, torch, machine, seconds, conditions;
     models: {name: {file, method, options, learnable_parameters}};
     means, intervals, differences: see `summarize`; by_data: the same of each root, where there are several;
     skipped: a line for each image that could not be read;
-    images: [{data (root), name, size, indices, areas, scores, gates}, ...], see `evaluate`: every single score.
+    images: [{data (root), at, name, size, indices, areas, scores, gates}, ...], see `evaluate`: every single score.
     """
-    datasets = data.load_datasets(args.data, args.split, args.strict, args.prompts)
-    os.makedirs(args.out, exist_ok=True)
-    started = time.monotonic()
-    images, unfinished, skipped = [], [], []
-    for number, (root, dataset) in enumerate(zip(args.data, datasets)):
-        if args.limit:
-            dataset.samples = data.spread(dataset, args.limit)
-        rows, paths = evaluate_shared(args, models, dataset, number)
-        if args.rank:
-            continue
-        unfinished += paths
-        good = [dict(data=root, **row) for row in rows if "skipped" not in row]
-        for row in rows:
-            if "skipped" in row and row["skipped"] not in dataset.skipped:
-                dataset.skipped.append(row["skipped"])
-        if not good:
-            raise data.DatasetError(f"{dataset.summary()}: no sample could be read, nothing to measure")
-        images += good
-        skipped += dataset.skipped
-        print(dataset.summary())
-    if args.rank:
-        return None
-
     results = dict(
         format=FORMAT,
         data=args.data,
@@ -375,15 +392,38 @@ def measure(args, models, about, backbone):
         average=args.average or "masks",
         torch=torch.__version__,
         machine=platform.platform(),
-        seconds=round(time.monotonic() - started, 1),
+        seconds=None,
         conditions=args.conditions,
         models=about,
-        skipped=skipped,
-        images=images)
+        skipped=[],
+        images=[])
+    started = time.monotonic()
+    images, unfinished = results["images"], []
+    for number, (root, dataset) in enumerate(zip(args.data, datasets)):
+        if args.limit:
+            dataset.samples = data.spread(dataset, args.limit)
+        rows, paths = evaluate_shared(args, models, dataset, number, results)
+        if args.rank:
+            continue
+        unfinished += paths
+        before = len(images)
+        for row in rows:
+            if "scores" in row:
+                images.append(dict(data=root, **row))
+            elif row["skipped"] not in dataset.skipped:
+                dataset.skipped.append(row["skipped"])
+        if len(images) == before:
+            raise data.DatasetError(f"{dataset.summary()}: no sample could be read, nothing to measure")
+        results["skipped"] += dataset.skipped
+        print(dataset.summary())
+    if args.rank:
+        return None
+
+    results["seconds"] = round(time.monotonic() - started, 1)
     count = sum(len(image["indices"]) for image in images)
     print(f"{len(images):,} images, {count:,} masks, {len(args.conditions)} conditions; {backbone} on "
           f"{args.world_size} x {args.device}, {results['seconds']:.0f} s\n")
-    return add_summaries(results), datasets, unfinished
+    return add_summaries(results), unfinished
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,13 +433,14 @@ def measure(args, models, about, backbone):
 
 def add_summaries(results):
     """Adds to a results.json its means, intervals, differences, and by_data, the same of each of several roots."""
-    models = list(results["models"])
-    results |= summarize(results["images"], models, results["conditions"], results["average"])
+
+    def summary(images):
+        return summarize(images, list(results["models"]), results["conditions"], results["average"])
+
+    results |= summary(results["images"])
     results["by_data"] = {}
-    for root in results["data"]:
-        if len(results["data"]) > 1:
-            images = [image for image in results["images"] if image["data"] == root]
-            results["by_data"][root] = summarize(images, models, results["conditions"], results["average"])
+    for root in results["data"] if len(results["data"]) > 1 else ():
+        results["by_data"][root] = summary([image for image in results["images"] if image["data"] == root])
     return results
 
 
@@ -415,7 +456,7 @@ def summarize(images, models, conditions, average="masks"):
     weights = np.array([len(image["indices"]) for image in images], float)  # masks of each image
     if average == "images":
         sums = sums / weights[:, None, None, None]
-        weights = np.ones(len(images))
+        weights = np.ones_like(weights)
     means = sums.sum(0) / weights.sum()  # (models, columns, metrics)
     drawn = bootstrap(sums, weights)  # (draws, models, columns, metrics)
 
@@ -438,21 +479,18 @@ def summarize(images, models, conditions, average="masks"):
 
 def score_sums(images, models, conditions):
     """(columns, scores summed over each image's masks: (images, models, columns, metrics))."""
-    columns = [f"{prompt} {condition}" for prompt in PROMPTS for condition in conditions]
-    sums = np.empty((len(images), len(models), len(columns), len(METRICS)))
+    sums = np.empty((len(images), len(models), len(PROMPTS), len(conditions), len(METRICS)))
     for i, image in enumerate(images):
         for m, model in enumerate(models):
-            for c, column in enumerate(columns):
-                prompt, condition = column.split(" ")
-                sums[i, m, c] = np.sum(image["scores"][model][condition][prompt], axis=0)
+            sums[i, m] = figures.scores_of(image, model, conditions).sum(2)
+    columns = [f"{prompt} {condition}" for prompt in PROMPTS for condition in conditions]
+    parts = [sums.reshape(*sums.shape[:2], len(columns), len(METRICS))]
 
-    degraded = data.degraded_conditions(conditions)
-    for prompt in PROMPTS if degraded else ():
-        which = [columns.index(f"{prompt} {condition}") for condition in degraded]
-        mean = sums[:, :, which].mean(2, keepdims=True)
-        sums = np.concatenate([sums, mean], axis=2)
-        columns.append(f"{prompt} degraded")
-    return columns, sums
+    degraded = [conditions.index(condition) for condition in data.degraded_conditions(conditions)]
+    if degraded:
+        parts.append(sums[:, :, :, degraded].mean(3))
+        columns += [f"{prompt} degraded" for prompt in PROMPTS]
+    return columns, np.concatenate(parts, axis=2)
 
 
 def bootstrap(sums, weights):
@@ -493,15 +531,59 @@ def summaries(results):
 
 
 def read_results(path):
-    """A results.json. ValueError in one line if it is none."""
+    """A results.json. ValueError in one line that names the file if it is none, or damaged."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             results = json.load(file)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no results.json ({error})") from error
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
-        raise ValueError(f"{path} is no results.json of this version ({FORMAT}): measure again")
-    return results
+        if results.get("format") == FORMAT:
+            check_results(results)
+            return results
+    except DAMAGE as error:
+        raise ValueError(f"{path} is no results.json, or damaged ({type(error).__name__}: {error})") from error
+    raise ValueError(f"{path} is no results.json of this version ({FORMAT}): measure again")
+
+
+def check_results(results):
+    """Raises one of DAMAGE unless all that is read of a results.json has the form that `measure` says."""
+    models, images, conditions = results["models"], results["images"], results["conditions"]
+    roots = dict.fromkeys(identity(image)[0] for image in images)
+    require("data", results["data"] == list(roots) != [])
+    require("models", models)
+    require("split", results["split"])
+    require("average", results["average"] in AVERAGES)
+    require("conditions", len({*conditions}) == len(conditions))
+    for condition in conditions:
+        data.name_and_strength(condition)
+    width = BACKBONES[results["backbone"]]["d"]
+    for about in models.values():
+        method, options = about["method"], about["options"]
+        if method in gara.METHODS:
+            require("options", options.keys() == gara.METHODS[method].options.keys())
+            gara.check_options(method, options, width)
+    check_images(images, results)
+
+
+def check_images(images, results):
+    """Raises one of DAMAGE unless these images of `results` are whole: each score a share, each gate's decision there."""
+    models, conditions = results["models"], results["conditions"]
+    for image in images:
+        shape = (len(PROMPTS), len(conditions), len(image["indices"]), len(METRICS))
+        for model in models:
+            scores = figures.scores_of(image, model, conditions)
+            shares = scores.dtype.kind in "fi" and (scores == scores.clip(0, 1)).all()  # which NaN is not
+            require("scores", scores.shape == shape and shares)
+    for model in figures.gated_models(results):
+        forms = set()
+        for condition in conditions:
+            layers = figures.unpack_gates(results | dict(images=images), model, condition)
+            forms.add(str([vectors.shape for vectors, _ in layers]))
+        require("gates", len(forms) == 1 and layers)
+
+
+def require(entry, right):
+    """ValueError that names an entry of a results.json which is not right."""
+    if not right:
+        raise ValueError(f"its {entry} are not of the right form")
 
 
 def merge(parts):
@@ -510,7 +592,7 @@ def merge(parts):
     ValueError if they were not measured alike. A model that two files name alike is kept once where its scores are
     equal, else named apart.
     """
-    (first, whole), *others = copy.deepcopy(parts).items()
+    (first, whole), *others = parts.items()
     for path, part in others:
         for key in ("split", "backbone", "conditions", "data", "average"):
             if part[key] != whole[key]:
@@ -520,21 +602,21 @@ def merge(parts):
         pairs = list(zip(whole["images"], part["images"]))
         for model, about in part["models"].items():
             name = model
-            if model in whole["models"]:
-                if all(target["scores"][model] == source["scores"][model] for target, source in pairs):
-                    continue
-                name = f"{model} ({path})"
+            if model in whole["models"] and all(a["scores"][model] == b["scores"][model] for a, b in pairs):
+                continue
+            while name in whole["models"]:
+                name = f"{name} ({path})"
             whole["models"][name] = about
             for target, source in pairs:
-                target["scores"][name] = source["scores"][model]
-                if model in source["gates"]:
-                    target["gates"][name] = source["gates"][model]
+                for kind in ("scores", "gates"):
+                    if model in source[kind]:
+                        target[kind][name] = source[kind][model]
     return whole
 
 
 def identity(image):
     """What must be equal for scores of two results.json to be compared: the image and its masks."""
-    return [image[key] for key in ("data", "name", "indices", "areas")]
+    return [image[key] for key in ("data", "at", "name", "indices", "areas")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -542,7 +624,7 @@ def identity(image):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "paper.csv")
+PAPER = os.path.join(os.path.dirname(figures.__file__), "paper.csv")
 COMPARISONS = ("1", "2", "3", "4", "a2", "a4")  # tables that compare methods on a benchmark; the others are ablations
 
 
@@ -589,11 +671,8 @@ def table(heads, rows, left=1):
 def print_tables(results, paper=None):
     """The tables of a results.json, as Markdown. paper: the name in `read_paper` whose figures stand below ours."""
     models = list(results["models"])
-    columns = []
-    for prompt in PROMPTS:
-        for kind in ("degraded", "clear"):
-            if f"{prompt} {kind}" in results["means"][models[0]]:
-                columns.append(f"{prompt} {kind}")
+    kinds = [kind for kind in ("degraded", "clear") if f"point {kind}" in results["means"][models[0]]]
+    columns = [f"{prompt} {kind}" for prompt in PROMPTS for kind in kinds]
 
     print(score_table(results, columns, paper))
     better = " Bold: better than every other model here, by a paired interval." if len(models) > 1 else ""
@@ -636,8 +715,7 @@ def score_cell(summary, model, column, metric):
     mean = summary["means"][model][column][metric]
     interval = summary["intervals"][model][column][metric]
     text = mean_text(mean, *interval)
-    others = [other for other in summary["means"] if other != model]
-    lows = [difference(summary, model, other, column, metric)[1] for other in others]
+    lows = [difference(summary, model, other, column, metric)[1] for other in summary["means"] if other != model]
     return f"**{text}**" if lows and min(lows) > NOISE else text
 
 
@@ -684,10 +762,9 @@ def as_csv(results):
     for root, summary in summaries(results):
         for model, means in summary["means"].items():
             for column, scores in means.items():
-                prompt, condition = column.split(" ")
                 for metric, mean, interval in zip(METRICS, scores, summary["intervals"][model][column]):
                     numbers = [f"{value:.6f}" for value in (mean, *interval)]
-                    lines.writerow([root, model, prompt, condition, metric, *numbers])
+                    lines.writerow([root, model, *column.split(" ", 1), metric, *numbers])
     return file.getvalue()
 
 
@@ -741,10 +818,9 @@ def load_models(ckpts, backbone, checkpoint, device, predictors=()):
     results.json says of each, by the same names. All SAMs share the frozen weights."""
     adapters, whole = {}, []
     for path in ckpts:
-        if path == "sam":
-            continue
         try:
-            adapters[path] = gara.read_adapter(path)
+            if path != "sam":
+                adapters[path] = gara.read_adapter(path)
         except gara.WholeModel:
             whole.append(path)
     backbone, image_size = common_base(adapters.values(), backbone)
@@ -752,7 +828,8 @@ def load_models(ckpts, backbone, checkpoint, device, predictors=()):
     models, about = {}, {}
 
     def add(name, path, model, method, options, learnable=None):
-        name = f"{name} ({path})" if name in models else name
+        while name in models:
+            name = f"{name} ({path})"
         models[name] = model
         file = None if method in ("sam", "predictor") else path
         about[name] = dict(file=file, method=method, options=options, learnable_parameters=learnable)
@@ -763,7 +840,7 @@ def load_models(ckpts, backbone, checkpoint, device, predictors=()):
         model = copy.deepcopy(base, dict(frozen))  # the memo keeps the frozen tensors shared
         gara.load_adapter(model, path)
         learnable = sum(value.numel() for value in gara.adapter_state(model).values())
-        add(name_of(content), path, model.to(device).eval(), content["method"], content["options"], learnable)
+        add(name_of(content), path, model.to(device).eval(), *model.adapter.values(), learnable)
     for path in whole:
         add("SAM", path, build_sam(backbone, path, image_size).to(device), "full", {})
     for spec in predictors:
@@ -773,15 +850,13 @@ def load_models(ckpts, backbone, checkpoint, device, predictors=()):
 
 def common_base(contents, backbone):
     """(backbone, image size or None) that adapter files and --backbone agree on. ValueError if they do not."""
-    backbones = {content["backbone"] for content in contents} | ({backbone} if backbone else set())
-    if len(backbones) > 1:
-        raise ValueError(f"--ckpt and --backbone name different backbones ({', '.join(sorted(backbones))}): one at a "
-                         "time")
-    sizes = {content["image_size"] for content in contents}
-    if len(sizes) > 1:
-        raise ValueError(f"--ckpt names adapters for different image sizes ({', '.join(map(str, sorted(sizes)))}): one "
-                         "at a time")
-    return next(iter(backbones), "vit_t"), next(iter(sizes), None)
+    bases = dict(backbone={backbone} - {None}, image_size=set())
+    for name, values in bases.items():
+        values.update(content[name] for content in contents)
+        if len(values) > 1:
+            raise ValueError(f"--ckpt and --backbone name more than one {name.replace('_', ' ')} "
+                             f"({', '.join(map(str, sorted(values)))}): one at a time")
+    return next(iter(bases["backbone"]), "vit_t"), next(iter(bases["image_size"]), None)
 
 
 def load_predictor(spec):
@@ -790,8 +865,9 @@ def load_predictor(spec):
     if isinstance(made, type) or not hasattr(made, "set_image"):
         with foreign("--predictor", spec):
             made = made()
-    if not callable(getattr(made, "set_image", None)) or not callable(getattr(made, "predict", None)):
-        raise ValueError(f"--predictor {spec}: it has no set_image and predict as the official SamPredictor has")
+    for name in ("set_image", "predict"):
+        if not callable(getattr(made, name, None)):
+            raise ValueError(f"--predictor {spec}: it has no set_image and predict as the official SamPredictor has")
     return made
 
 
@@ -818,7 +894,7 @@ def make_parser():
     add("--no-corrupt", action="store_true", help="use the images as they are: --conditions clear")
     add("--strengths", nargs="+", type=float, default=[], metavar="S", help="also corrupt this strongly (0.5 1.5 2), "
         "beside the benchmark's strength 1: for curves of robustness")
-    add("--average", choices=("masks", "images"), help="what counts alike in a mean (default masks, as in the paper)")
+    add("--average", choices=AVERAGES, help="what counts alike in a mean (default masks, as in the paper)")
     add("--paper", metavar="NAME", help="print the paper's figures below ours: of a benchmark (lvis) or a table (table5)")
     add("--limit", type=int, help="only this many images, spread over the split")
     add("--out", default="results", help="folder for results.json, results.csv and the figures (default results/)")
@@ -855,8 +931,7 @@ def parse(argv):
     if args.workers is None:
         args.workers = min(8, (os.cpu_count() or 2) // 2 // args.world_size)
     if args.device is None:
-        gpu = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if args.world_size > 1 else "cuda"
-        args.device = gpu if torch.cuda.is_available() else "cpu"
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     return args
 
 
@@ -871,57 +946,61 @@ def conditions_of(args):
     return conditions + stronger
 
 
-def measure_and_show(args):
-    """Measure, and write results.json and samples.png: (results, files to remove at the end); None but in rank 0."""
+def run(args):
+    """What the command line asks for, checked."""
+    if args.stored:
+        results = merge({path: read_results(path) for path in args.stored})
+        results["average"] = args.average or results["average"]
+        add_summaries(results)
+        with data.alone_in(args.out):
+            show(results, args)
+        return
+
+    if len({*map(os.path.realpath, args.data)}) < len(args.data):
+        raise ValueError("--data names a folder twice: its masks would count twice")
     keep_freed_memory()
+    if args.world_size > 1:  # they only wait for each other, the slowest one as long as it takes
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
     models, about, backbone = load_models(args.ckpt, args.backbone, args.checkpoint, torch.device(args.device),
                                           args.predictor)
     if args.rank == 0:
         for root in args.data:
             data.make_missing_demo(root)
-    if args.world_size > 1:  # they only wait for each other, the slowest one as long as it takes
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        dist.barrier()
-    measured = measure(args, models, about, backbone)
-    if measured is None:
-        return None
-    results, datasets, unfinished = measured
-    data.save_text(json.dumps(results), os.path.join(args.out, "results.json"))
-    rows = predict_samples(results, models, datasets, args.amp)
-    figures.figure_samples(rows, list(models), os.path.join(args.out, "samples.png"))
-    return results, unfinished
+    wait_for_all()
+    datasets = data.load_datasets(args.data, args.split, args.strict, args.prompts)
+    if args.rank:
+        measure(args, models, about, backbone, datasets)
+        return
+    with data.alone_in(args.out):
+        results, unfinished = measure(args, models, about, backbone, datasets)
+        path = os.path.join(args.out, "results.json")
+        data.save_text(json.dumps(results), path)
+        rows = predict_samples(results, models, datasets, args.amp)
+        samples = figures.figure_samples(rows, list(models), os.path.join(args.out, "samples.png"))
+        show(results, args, path, samples)
+        for path in unfinished:  # all is written: the rows are no longer needed
+            os.remove(path)
 
 
-def run(args):
-    """What the command line asks for, checked."""
-    unfinished, written = [], []
-    if args.stored:
-        results = merge({path: read_results(path) for path in args.stored})
-        results["average"] = args.average or results["average"]
-        add_summaries(results)
-        os.makedirs(args.out, exist_ok=True)
-    else:
-        measured = measure_and_show(args)
-        if measured is None:
-            return
-        results, unfinished = measured
-        written = [os.path.join(args.out, name) for name in ("results.json", "samples.png")]
+def show(results, args, *written):
+    """Prints the tables, writes results.csv and the figures, and says what was written, now and before."""
     print_tables(results, args.paper)
-    table_path = os.path.join(args.out, "results.csv")
-    data.save_text(as_csv(results), table_path)
+    path = os.path.join(args.out, "results.csv")
+    data.save_bytes(as_csv(results).encode(errors="backslashreplace"), path)
     paths = figures.draw_all(results, args.out)
-    for path in unfinished:  # all is written: the rows are no longer needed
-        os.remove(path)
-    print(f"written: {', '.join([table_path, *paths, *written])}")
+    print(f"written: {', '.join([path, *paths, *written])}")
 
 
 def main(argv=None):
     """Run the command line; returns the exit code. A user's mistake ends in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     args = parse(argv)
     try:
         run(args)
     except (data.DatasetError, ValueError, OSError, RuntimeError, AssertionError) as error:  # last: no CUDA in torch
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {(str(error) or repr(error)).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -932,5 +1011,11 @@ def main(argv=None):
     return 0
 
 
+def terminate(number, _):
+    """A cluster's SIGTERM: all that is open is closed, and the same command goes on."""
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())

@@ -1,12 +1,13 @@
 """The figures of train.py and evaluate.py, drawn with Pillow alone.
 
-In this file: axes, which every figure is drawn in; what results.json says of the gates; and the figures of a
-results.json, which follow the paper's.
+In this file: axes, which every figure is drawn in; scores and gates of a results.json; and its figures, which follow
+the paper's.
 """
 import dataclasses
 import functools
 import math
 import os
+import re
 import typing
 
 import numpy as np
@@ -28,6 +29,7 @@ GREY, PALE, RED = "#777777", "#dddddd", "#d55e00"
 # By Okabe and Ito, for colour-blind readers too; without their yellow, too pale for lines
 COLOURS = ["#000000", "#e69f00", "#0072b2", "#009e73", RED, "#56b4e9", "#cc79a7", GREY]
 MARKS = ["circle", "square", "triangle", "diamond"]
+POLYGONS = {"square": (4, 0), "triangle": (3, 0), "diamond": (4, 45)}  # number of corners, turned by
 
 
 class Style(typing.NamedTuple):
@@ -76,7 +78,7 @@ def font_of(size):
 
 def write(page, xy, text, size=34, anchor="la", room=None, ink="black"):
     """Text, cut to `room` pixels. anchor: which of its points lies at xy, as Pillow names them."""
-    text = text.replace("\N{MINUS SIGN}", "-")  # Pillow's font has no minus sign
+    text = text[:1000].replace("\N{MINUS SIGN}", "-")  # Pillow's font has no minus sign
     font = font_of(size)
     while room and font.getlength(text) > room and len(text) > 4:
         text = text[:-4] + "..."
@@ -86,15 +88,12 @@ def write(page, xy, text, size=34, anchor="la", room=None, ink="black"):
 def draw_mark(page, x, y, style, r):
     """A mark of radius r in pixels, with a white rim that parts it from others."""
     pen = ImageDraw.Draw(page)
-    circle = (x, y, 1.2 * r)  # around the corners
     if style.mark == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), style.colour, "white")
-    elif style.mark == "triangle":
-        pen.regular_polygon(circle, 3, 0, style.colour, "white")
-    elif style.mark == "square":
-        pen.regular_polygon(circle, 4, 0, style.colour, "white")
-    elif style.mark == "diamond":
-        pen.regular_polygon(circle, 4, 45, style.colour, "white")
+    elif style.mark:
+        corners, turn = POLYGONS[style.mark]
+        around = (x, y, 1.2 * r)  # through the corners
+        pen.regular_polygon(around, corners, turn, style.colour, "white")
 
 
 @dataclasses.dataclass
@@ -116,9 +115,11 @@ class Axes:
         xs, ys = zip(*points or [(0, 0)])
         self.xticks = self.xticks or ticks(min(xs), max(xs))
         self.yticks = self.yticks or ticks(min(ys), max(ys))
+
         left, top, right, bottom = frame
         widest = max(font_of(34).getlength(text) for text in self.yticks.values())
-        self.inner = (left + widest + 30, top + 60, right - 30, bottom - (120 if self.label else 75))
+        below = 120 if self.label else 75
+        self.inner = (left + widest + 30, top + 60, right - 30, bottom - below)
 
         self.draw_ground(page)
         pen = ImageDraw.Draw(page)
@@ -135,10 +136,8 @@ class Axes:
     def place(self, x, y):
         """Data -> pixels of the page."""
         left, top, right, bottom = self.inner
-        low, high = min(self.xticks) - self.pad[0], max(self.xticks) + self.pad[0]
-        across = (x - low) / (high - low)
-        low, high = min(self.yticks) - self.pad[1], max(self.yticks) + self.pad[1]
-        up = (y - low) / (high - low)
+        across = share_of(x, self.xticks, self.pad[0])
+        up = share_of(y, self.yticks, self.pad[1])
         return left + across * (right - left), bottom - up * (bottom - top)
 
     def draw_ground(self, page):
@@ -158,8 +157,17 @@ class Axes:
             if x - half > written:
                 write(page, (x, bottom + 14), text, anchor="ma")
                 written = x + half + 12
-        pen.line((left, top, left, bottom, right, bottom), "black", 3)
-        write(page, ((left + right) / 2, bottom + 62), self.label, anchor="ma", room=right - left)
+        corners = (left, top, left, bottom, right, bottom)
+        pen.line(corners, "black", 3)
+        middle = (left + right) / 2
+        write(page, (middle, bottom + 62), self.label, anchor="ma", room=right - left)
+
+
+def share_of(value, ticks, pad):
+    """How far it lies between the first and the last tick, with room beyond them: 0 to 1."""
+    low = min(ticks) - pad
+    high = max(ticks) + pad
+    return (value - low) / (high - low)
 
 
 def start_page(title, about, height, width=WIDTH):
@@ -176,7 +184,8 @@ def draw_legend(page, y, styles, columns=5):
     width = (page.width - 40) // columns
     for k, (name, style) in enumerate(styles.items()):
         row, column = divmod(k, columns)
-        left, middle = 40 + column * width, y + 22 + 52 * row
+        left = 40 + column * width
+        middle = y + 22 + 52 * row
         if style.width:
             ImageDraw.Draw(page).line((left, middle, left + 52, middle), style.colour, style.width)
         draw_mark(page, left + 26, middle, style, 14)
@@ -186,7 +195,8 @@ def draw_legend(page, y, styles, columns=5):
 
 def save_page(page, bottom, path):
     """Cut the page off below `bottom`, halve it and write it as a PNG. Returns the path."""
-    data.save_png(page.crop((0, 0, page.width, round(bottom))).reduce(2), path)
+    part = page.crop((0, 0, page.width, round(bottom)))
+    data.save_png(part.reduce(2), path)
     return path
 
 
@@ -202,7 +212,8 @@ def draw_figure(path, title, about, panels, styles, columns=2, height=470, notes
     width = (WIDTH - 40) // columns
     for k, panel in enumerate(panels):
         row, column = divmod(k, columns)
-        left, upper = 20 + column * width, top + row * height
+        left = 20 + column * width
+        upper = top + row * height
         panel.draw(page, (left, upper, left + width, upper + height), styles)
     bottom = top + rows * height + 20
     for note in notes:
@@ -212,22 +223,30 @@ def draw_figure(path, title, about, panels, styles, columns=2, height=470, notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The gates, from results.json.
+# Scores and gates, from results.json.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def scores_of(image, model, conditions):
+    """A model's scores on an image: (prompts, conditions, masks, metrics)."""
+    scores = image["scores"][model]
+    by_prompt = []
+    for prompt in PROMPTS:
+        by_prompt.append([scores[condition][prompt] for condition in conditions])
+    return np.array(by_prompt)
+
+
 def gated_models(results):
-    """The models whose gates were recorded."""
-    names = set(results["models"])
-    for image in results["images"]:
-        names &= image["gates"].keys()
-    return [model for model in results["models"] if model in names]
+    """The models whose gates were recorded: LoRA's are always open."""
+    gated = gara.METHODS.keys() - {"lora"}
+    return [model for model, about in results["models"].items() if about["method"] in gated]
 
 
 def unpack_gates(results, model, condition):
     """A model's gates in a condition: of each layer (vectors bool (images, decisions, components), spaces (images,
     decisions)). A layer decides once for an image, or once for each window."""
-    rank = sum(gara.ranks_of(results["models"][model]["options"]))
+    ranks = gara.ranks_of(results["models"][model]["options"])
+    rank = sum(ranks)
     images = [image["gates"][model][condition] for image in results["images"]]
     layers = []
     for layer in range(len(images[0])):
@@ -236,8 +255,13 @@ def unpack_gates(results, model, condition):
             space, code = zip(*image[layer])
             spaces.append(space)
             codes.append([list(bytes.fromhex(digits)) for digits in code])
-        vectors = np.unpackbits(np.array(codes, np.uint8), axis=2, count=rank)
-        layers.append((vectors.astype(bool), np.array(spaces)))
+        codes = np.array(codes, np.uint8)
+        spaces = np.array(spaces)
+        if codes.shape[2] != math.ceil(rank / 8) or not np.isin(spaces, range(len(ranks))).all():
+            raise ValueError(f"the gates of {model} are not of its ranks")
+        vectors = np.unpackbits(codes, axis=2, count=rank)
+        vectors = vectors.astype(bool)
+        layers.append((vectors, spaces))
     return layers
 
 
@@ -291,7 +315,9 @@ def draw_all(results, out):
     paths = []
 
     def draw(name, figure, *model):
-        safe = "".join(c if c.isalnum() or c in "_-" else "_" for c in name)[:100]
+        safe = re.sub(r"[^\w-]", "_", name)[:100]
+        while os.path.join(out, f"{safe}.png") in paths:  # two names that differ elsewhere
+            safe += "_"
         paths.append(figure(results, *model, os.path.join(out, f"{safe}.png")))
 
     if several:
@@ -312,7 +338,7 @@ def draw_all(results, out):
 
 def about_of(results):
     """The line below a figure's title: the data that it shows."""
-    masks = {(image["data"], image["name"]): len(image["indices"]) for image in results["images"]}
+    masks = {(image["data"], str(image["at"])): len(image["indices"]) for image in results["images"]}
     return f"{', '.join(results['data'])[:70]}, {results['split']} split, {results['backbone']}; " \
            f"images: {len(masks):,}, masks: {sum(masks.values()):,}"
 
@@ -353,15 +379,17 @@ def oracles(images, models, conditions):
         scores = image_ious(images, models, conditions, prompt)
         means = np.average(scores, axis=2, weights=masks)  # (models, conditions)
         of_images = np.average(scores.max(0), axis=1, weights=masks)  # (conditions,)
-        cases = ((means.max(0), means.argmax(0)), (of_images, scores.argmax(0)))
-        for oracle, (ious, choices) in zip(ORACLES, cases):
+        best = (means.max(0), of_images)
+        chosen = (means.argmax(0), scores.argmax(0))
+        for oracle, ious, choices in zip(ORACLES, best, chosen):
             entry = found[oracle]
             for condition, iou in zip(conditions, ious):
                 entry["iou"][f"{prompt} {condition}"] = float(iou)
             if corrupted.any():
                 entry["iou"][f"{prompt} degraded"] = float(ious[corrupted].mean())
-                chosen = choices[corrupted]
-                entry["chosen"][prompt] = {model: float((chosen == k).mean()) for k, model in enumerate(models)}
+                choices = choices[corrupted]
+                shares = [float((choices == k).mean()) for k in range(len(models))]
+                entry["chosen"][prompt] = dict(zip(models, shares))
     return found
 
 
@@ -369,10 +397,10 @@ def image_ious(images, models, conditions, prompt):
     """Mean IoU over each image's masks: (models, conditions, images)."""
     ious = np.empty((len(models), len(conditions), len(images)))
     for m, model in enumerate(models):
-        for c, condition in enumerate(conditions):
-            for i, image in enumerate(images):
-                scores = image["scores"][model][condition][prompt]
-                ious[m, c, i] = np.mean(scores, axis=0)[0]
+        for i, image in enumerate(images):
+            scores = scores_of(image, model, conditions)[PROMPTS.index(prompt)]
+            means = scores.mean(1)  # (conditions, metrics)
+            ious[m, :, i] = means[:, 0]
     return ious
 
 
@@ -394,19 +422,23 @@ def figure_corruptions(results, path):
         panel = Axes(f"from {prompt} prompts", {}, "IoU (%), and its 95 % interval", pad=(0, 0.5), r=9)
         for k, name in enumerate(styles):
             points = panel.series[name] = []
+            above = ((len(styles) - 1) / 2 - k) * step
             for row, condition in rows.items():
-                y = row + ((len(styles) - 1) / 2 - k) * step
+                y = row + above
+                column = f"{prompt} {condition}"
                 if name in best:
-                    points.append((100 * best[name]["iou"][f"{prompt} {condition}"], y))
+                    iou = 100 * best[name]["iou"][column]
                 else:
-                    iou, low, high = percent(results, name, f"{prompt} {condition}")
-                    points.append((iou, y))
+                    iou, low, high = percent(results, name, column)
                     panel.whiskers.append((name, (low, y), (high, y)))
+                points.append((iou, y))
         panel.yticks = {row: label_of(condition) for row, condition in rows.items()}
         panels.append(panel)
     notes = []
     for oracle, entry in best.items():
-        shares = [f"{model} {100 * share:.0f} %" for model, share in entry["chosen"]["point"].items()]
+        shares = []
+        for model, share in entry["chosen"]["point"].items():
+            shares.append(f"{model} {100 * share:.0f} %")
         notes.append(f"{oracle} chooses, by points: {', '.join(shares)}")
     height = 180 + round(max(60, 16 / step) * len(rows))
     return draw_figure(path, "IoU by corruption", about_of(results), panels, styles, 2, height, notes)
@@ -424,8 +456,8 @@ def strengths(results):
     found = [0.0]
     for condition in results["conditions"]:
         name, strength = data.name_and_strength(condition)
-        taken = [at_strength(corruption, strength) in results["conditions"] for corruption in corruptions]
-        if name == corruptions[0] and all(taken):
+        wanted = {at_strength(corruption, strength) for corruption in corruptions}
+        if name == corruptions[0] and wanted.issubset(results["conditions"]):
             found.append(strength)
     return sorted(found) if len(found) > 2 else []
 
@@ -435,17 +467,24 @@ def at_strength(corruption, strength):
     return {0: "clear", 1: corruption}.get(strength, f"{corruption}@{strength:g}")
 
 
-def draw_by_strength(results, title, values, styles, path):
-    """A panel per corruption and one for their mean, a line per name in styles: values (corruptions, names, strengths)."""
+def draw_by_strength(results, title, values_of, styles, path):
+    """A panel per corruption and one for their mean, a line per name in styles. values_of(condition): a value for each
+    of these names."""
+    corruptions = data.degraded_conditions(results["conditions"])
+    taken = strengths(results)
+    values = np.empty((len(corruptions), len(taken), len(styles)))
+    for c, corruption in enumerate(corruptions):
+        for s, strength in enumerate(taken):
+            values[c, s] = values_of(at_strength(corruption, strength))
     values = np.concatenate([values, values.mean(0, keepdims=True)])
-    corruptions = [*data.degraded_conditions(results["conditions"]), "degraded"]
-    xticks = {x: f"{x:g}" for x in strengths(results)}
+
+    xticks = {x: f"{x:g}" for x in taken}
     yticks = ticks(values.min(), values.max())
     panels = []
-    for corruption, lines in zip(corruptions, values):
+    for corruption, lines in zip([*corruptions, "degraded"], values):
         series = {}
-        for name, line in zip(styles, lines):
-            series[name] = list(zip(xticks, line))
+        for name, line in zip(styles, lines.T):
+            series[name] = list(zip(taken, line))
         panels.append(Axes(label_of(corruption), series, xticks=xticks, yticks=yticks))
     note = "Horizontal: strength of the corruption (0: clear, 1: the benchmark's)."
     return draw_figure(path, title, about_of(results), panels, styles, 4, 430, [note])
@@ -453,33 +492,33 @@ def draw_by_strength(results, title, values, styles, path):
 
 def figure_strength(results, path):
     """IoU from points against the strength of each corruption. The slower a line falls, the better."""
-    models, corruptions = results["means"], data.degraded_conditions(results["conditions"])
-    values = np.empty((len(corruptions), len(models), len(strengths(results))))
-    for c, corruption in enumerate(corruptions):
-        for s, strength in enumerate(strengths(results)):
-            column = "point " + at_strength(corruption, strength)
-            values[c, :, s] = [percent(results, model, column)[0] for model in models]
+    models = results["means"]
+
+    def ious(condition):
+        return [percent(results, model, f"point {condition}")[0] for model in models]
+
     title = "IoU (%) by strength of the corruption, from points"
-    return draw_by_strength(results, title, values, styles_of(models), path)
+    return draw_by_strength(results, title, ious, styles_of(models), path)
 
 
 def figure_strength_gates(results, model, path):
     """How the gates follow the strength: components of an image's vector that differ from its own clear one, mean over
     images. A thin line per layer, from pale (first) to dark (last); black: the mean over layers."""
     clear = unpack_gates(results, model, "clear")
-    corruptions = data.degraded_conditions(results["conditions"])
-    values = np.empty((len(corruptions), len(clear), len(strengths(results))))
-    for c, corruption in enumerate(corruptions):
-        for s, strength in enumerate(strengths(results)):
-            layers = unpack_gates(results, model, at_strength(corruption, strength))
-            for layer in range(len(clear)):
-                differ = layers[layer][0] != clear[layer][0]  # (images, decisions, components)
-                values[c, layer, s] = differ.sum(2).mean()
-    values = np.concatenate([values, values.mean(1, keepdims=True)], axis=1)
-    styles = {f"layer {k}": Style(shade, width=3) for k, shade in enumerate(shades(len(clear)))}
+
+    def differences(condition):
+        layers = []
+        for (vectors, _), (own, _) in zip(unpack_gates(results, model, condition), clear):
+            differ = vectors != own  # (images, decisions, components)
+            layers.append(differ.sum(2).mean())
+        return [*layers, np.mean(layers)]
+
+    styles = {}
+    for k, shade in enumerate(shades(len(clear))):
+        styles[f"layer {k}"] = Style(shade, width=3)
     styles["mean over layers"] = Style("#000000", "circle")
     title = f"Gates of {model}: components that differ from the clear image's"
-    return draw_by_strength(results, title, values, styles, path)
+    return draw_by_strength(results, title, differences, styles, path)
 
 
 # Figure 5.
@@ -498,7 +537,9 @@ def temperatures(results):
 
 def figure_temperature(results, path):
     """Figure 5: IoU against the temperature that GaRA's Gumbel-Sigmoid was trained with. Flat: it matters little."""
-    styles = {"clear": Style(COLOURS[2], "circle")}
+    styles = {}
+    if "clear" in results["conditions"]:
+        styles["clear"] = Style(COLOURS[2], "circle")
     if data.degraded_conditions(results["conditions"]):
         styles["degraded"] = Style(RED, "square")
     models = dict(sorted(temperatures(results).items()))
@@ -524,14 +565,17 @@ def draw_map(page, corner, cell, values, labels=()):
     """A map of cells (width, height) from a corner (left, top): values (rows, columns) from 0, white, to 1, black.
     labels: of the rows, to its left."""
     left, top = corner
+    across, down = cell
     rows, columns = values.shape
-    size = (columns * cell[0], rows * cell[1])
+    width = columns * across
+    height = rows * down
     greys = Image.fromarray(np.uint8(255 - np.round(255 * values)))
-    page.paste(greys.resize(size, Image.Resampling.NEAREST), corner)
-    frame = (left, top, left + size[0], top + size[1])
+    cells = greys.resize((width, height), Image.Resampling.NEAREST)
+    page.paste(cells, corner)
+    frame = (left, top, left + width, top + height)
     ImageDraw.Draw(page).rectangle(frame, None, GREY, 2)
     for row, label in enumerate(labels):
-        y = top + cell[1] * (row + 0.5)
+        y = top + down * (row + 0.5)
         write(page, (left - 16, y), label, 32, "rm")
 
 
@@ -546,12 +590,15 @@ def figure_gates(results, model, path):
         layers = unpack_gates(results, model, condition)
         on.append([vectors.mean((0, 1)) for vectors, _ in layers])
         higher.append([spaces.mean() for _, spaces in layers])
+
     on = np.insert(on, low, 0, axis=2)  # (conditions, layers, components and the red line)
     rows, depth, columns = on.shape
 
     cell = max(2, 1030 // columns)  # two blocks side by side; at least one pixel of the halved page
-    left, line = 330, 38
-    width, height = cell * columns + 190, line * rows + 110
+    left = 330
+    line = 38
+    width = cell * columns + 190
+    height = line * rows + 110
     about = f"{about_of(results)}. White: never on, black: in all images; percent: images in the higher-rank set"
     most = 300 + math.ceil(depth / 2) * height
     page, top = start_page(f"Gates of {model}", about, most, max(WIDTH, left + 2 * width))
@@ -563,9 +610,10 @@ def figure_gates(results, model, path):
         if low:
             middle = x + cell * (low + 0.5)
             ImageDraw.Draw(page).line((middle, y, middle, y + line * rows), RED, 6)
-            for row in range(rows):
-                share = f"{100 * higher[row][layer]:.0f} %"
-                write(page, (x + cell * columns + 110, y + line * (row + 0.5)), share, 32, "rm")
+            right = x + cell * columns + 110
+            for row, shares in enumerate(higher):
+                place = (right, y + line * (row + 0.5))
+                write(page, place, f"{100 * shares[layer]:.0f} %", 32, "rm")
     return save_page(page, y + height - 70, path)
 
 
@@ -575,8 +623,10 @@ def figure_open(results, model, path):
     rows, layers = means.shape
     title = f"Open components of {model}: mean over images"
     page, top = start_page(title, about_of(results), 300 + 56 * rows)
-    left, top = 330, top + 60
+    left = 330
+    top += 60
     width = (WIDTH - left - 40) // layers
+    size = min(32, width // 3)
     shade = 0.8 * (means - means.min()) / max(np.ptp(means), 1)
     draw_map(page, (left, top), (width, 56), shade, labels_of(results))
     write(page, (left - 16, top - 14), "layer", anchor="rs")
@@ -585,8 +635,9 @@ def figure_open(results, model, path):
         write(page, (x, top - 14), str(layer), anchor="ms")
         for row in range(rows):
             y = top + 56 * (row + 0.5)
+            text = f"{means[row, layer]:.1f}"
             ink = "white" if shade[row, layer] > 0.45 else "black"
-            write(page, (x, y), f"{means[row, layer]:.1f}", min(32, width // 3), "mm", ink=ink)
+            write(page, (x, y), text, size, "mm", ink=ink)
     return save_page(page, page.height - 40, path)
 
 
@@ -594,19 +645,23 @@ def figure_dependence(results, model, path):
     """Figure a2: how strongly each layer's number of open components depends on the corruption: F over the images,
     grouped by condition, and the probability p of such an F were there no dependence."""
     counts = open_components(results, model)
-    f, p = f_statistic(counts), permutation_test(counts, DRAWS)
-    layers = range(len(f))
-    name, limit = "open components", "p = 0.05"
+    f = f_statistic(counts)
+    p = permutation_test(counts, DRAWS)
+    name = "open components"
+    limit = "p = 0.05"
     styles = {name: Style(COLOURS[2], "circle", 0), limit: Style(RED)}
 
-    finite = [(layer, f[layer]) for layer in layers if np.isfinite(f[layer])]
+    finite = [(layer, value) for layer, value in enumerate(f) if np.isfinite(value)]
     highest = max([value for _, value in finite], default=1)
-    left = Axes("F statistic", {name: finite}, "layer", yticks=ticks(0, highest))
-    logs = [(layer, math.log10(p[layer])) for layer in layers]
-    line = [(layer, math.log10(0.05)) for layer in (-0.5, len(f) - 0.5)]
-    right = Axes("p", {name: logs, limit: line}, "layer", yticks={-k: f"{10.0 ** -k:g}" for k in range(5)})
+    left = Axes("F statistic", {name: finite}, "layer")
+    left.yticks = ticks(0, highest)
+    logs = list(enumerate(np.log10(p)))
+    y = math.log10(0.05)
+    line = [(-0.5, y), (len(f) - 0.5, y)]
+    right = Axes("p", {name: logs, limit: line}, "layer")
+    right.yticks = {-k: f"{10.0 ** -k:g}" for k in range(5)}
     for panel in (left, right):
-        panel.xticks = {layer: str(layer) for layer in layers}
+        panel.xticks = {layer: str(layer) for layer in range(len(f))}
         panel.pad = (0.5, 0)
 
     title = f"{model}: does the number of open components depend on the corruption?"
@@ -624,10 +679,11 @@ def tinted(image, masks, scale):
     canvas = image.astype(np.float32)
     for k, mask in enumerate(masks):
         tint = np.array(TINTS[k % len(TINTS)])
-        canvas[mask] = 0.35 * canvas[mask] + 0.65 * tint
-    height, width = image.shape[:2]
-    size = (round(width * scale), round(height * scale))
-    return Image.fromarray(np.uint8(canvas)).resize(size, Image.Resampling.BICUBIC)
+        pixels = canvas[mask]
+        canvas[mask] = 0.35 * pixels + 0.65 * tint
+    view = Image.fromarray(np.uint8(canvas))
+    size = (round(view.width * scale), round(view.height * scale))
+    return view.resize(size, Image.Resampling.BICUBIC)
 
 
 def figure_samples(rows, models, path, title="Masks from three points"):
@@ -640,16 +696,20 @@ def figure_samples(rows, models, path, title="Masks from three points"):
         write(page, (40 + k * pitch + tile / 2, 120), head, 40, "ma", tile)
     top += 26
     for row in rows:
-        scale = tile / max(row["image"].shape[:2])
-        masks = [[], row["truth"], *(row["predictions"][model] for model in models)]
-        texts = [label_of(row["condition"]), f"objects: {len(row['truth'])}"]
-        texts += [f"IoU {100 * row['iou'][model]:.1f} %" for model in models]
+        image, truth = row["image"], row["truth"]
+        scale = tile / max(image.shape[:2])
+        masks = [[], truth]
+        texts = [label_of(row["condition"]), f"objects: {len(truth)}"]
+        for model in models:
+            masks.append(row["predictions"][model])
+            texts.append(f"IoU {100 * row['iou'][model]:.1f} %")
         for k, text in enumerate(texts):
-            view = tinted(row["image"], masks[k], scale)
+            view = tinted(image, masks[k], scale)
             if k == 0:
                 draw_points(view, row["points"], scale)
             middle = 40 + k * pitch + tile / 2
-            page.paste(view, (round(middle - view.width / 2), top))
+            left = round(middle - view.width / 2)
+            page.paste(view, (left, top))
             write(page, (middle, top + view.height + 8), text, 34, "ma", tile)
         top += view.height + 50
         write(page, (40 + tile / 2, top), row["label"], 34, "ma", tile, ink=GREY)
@@ -676,7 +736,8 @@ def choose_samples(results, rows=6):
     gains = ious[-1] - ious[0] if len(models) > 1 else ious[0]  # (conditions, images)
     left = []
     for condition, of_images in zip(conditions, gains.tolist()):
-        left += [(gain, k, condition) for k, gain in enumerate(of_images)]
+        for k, gain in enumerate(of_images):
+            left.append((gain, k, condition))
     left.sort()
 
     chosen = []
@@ -684,7 +745,8 @@ def choose_samples(results, rows=6):
         for _ in range(min(rows // 3, len(left))):
             shown = {part for case in chosen for part in case[2:]}  # images and conditions
             fresh = [case for case in left if shown.isdisjoint(case[1:])] or left
-            case = fresh[round(share * (len(fresh) - 1))]
+            place = round(share * (len(fresh) - 1))
+            case = fresh[place]
             left.remove(case)
             chosen.append((kind, *case))
     return chosen

@@ -31,7 +31,7 @@ import data
 import gara
 import train
 from assets.figures import (ORACLES, figure_corruptions, figure_dependence, figure_gates, figure_open, figure_strength,
-                            oracles, unpack_gates)
+                            oracles, scores_of, unpack_gates)
 from data import PROMPTS, benchmark_conditions, degraded_conditions
 from evaluate import DRAWS, difference_text, mean_text, open_components_table, read_results, table
 from sam import build_sam, find_checkpoint
@@ -343,13 +343,8 @@ def gather(out, name, seeds, root="demo/"):
         results = read_evaluation(out, name, seed, root)
         conditions, images = results["conditions"], results["images"]
         for run, model in runs_in(results).items():
-            values = np.empty((len(images), len(PROMPTS), len(conditions)))
-            for i, image in enumerate(images):
-                for p, prompt in enumerate(PROMPTS):
-                    for c, condition in enumerate(conditions):
-                        scores = image["scores"][model][condition][prompt]
-                        values[i, p, c] = np.sum(scores, axis=0)[0]
-            sums.setdefault(run, []).append(values)
+            of_images = [scores_of(image, model, conditions).sum(2)[..., 0] for image in images]
+            sums.setdefault(run, []).append(of_images)
     masks = np.array([len(image["indices"]) for image in images], float)
     return Scores({run: np.array(values) for run, values in sums.items()}, masks, conditions)
 
