@@ -464,8 +464,8 @@ def check_options(method, options, d):
     sound = isinstance(ranks, (list, tuple)) and len(ranks) > 0
     sound = sound and all(type(rank) is int and 0 < rank <= 4 * d for rank in ranks) and sum(ranks) <= 8 * d
     if not sound or type(temperature) not in (int, float) or not 0 < temperature < math.inf:
-        raise ValueError(f"{method} with {options}: ranks are whole numbers from 1 to {4 * d}, "
-                         f"together at most {8 * d}; the temperature is above 0")
+        raise ValueError(f"ranks are whole numbers from 1 to {4 * d}, together at most {8 * d}, the temperature is "
+                         f"above 0: this is {method} with {str(options)[:200]}")
     if options.get("scope", "image") not in SCOPES:
         raise ValueError(f"{method} with scope {options['scope']!r}: choose one of {', '.join(SCOPES)}")
 
@@ -617,8 +617,7 @@ def read_adapter(path):
                          "again, or use the version of this project that made it")
     if content.get("format") not in (FORMAT, EARLIER):
         raise ValueError(f"{path} is not an adapter file of this project")
-    base = str if content["format"] == EARLIER else torch.Tensor
-    entries = dict(backbone=str, image_size=int, base=base, method=str, options=dict, weights=dict, meta=dict)
+    entries = dict(backbone=str, image_size=int, method=str, options=dict, weights=dict, meta=dict)
     for key, kind in entries.items():
         if not isinstance(content.get(key), kind):
             raise ValueError(f"{path} is damaged: its entry {key!r} is missing or no {kind.__name__}")
@@ -673,7 +672,7 @@ def check_base(sam, content, path):
     if size != sam.image_encoder.img_size:
         raise ValueError(f"{path} was trained at image size {size}, this SAM takes {sam.image_encoder.img_size}: "
                          f"build_sam(..., image_size={size})")
-    if not is_base(sam, content["base"]):
+    if not is_base(sam, content.get("base")):
         raise ValueError(f"{path} was trained on other {backbone} weights than these: give the checkpoint it was "
                          "trained on with --checkpoint")
 

@@ -948,7 +948,7 @@ def check_layout(path, weights, backbone):
     unknown = weights.keys() - expected.keys()
     for problem, keys in (("lacks", lacking), ("has the unknown key", unknown)):
         if keys:
-            raise CheckpointError(f"{path} {problem} {min(keys)} ({len(keys)} such): not a checkpoint of {backbone}")
+            raise CheckpointError(f"{path} {problem} {min(keys)!r} ({len(keys)} such): not a checkpoint of {backbone}")
     for key, value in weights.items():
         if value.shape != expected[key].shape:
             raise CheckpointError(f"{path}: {key} has shape {tuple(value.shape)}, "

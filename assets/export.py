@@ -90,7 +90,8 @@ def check_paths(method, *paths):
     ONNX, the same file twice, or a method whose decisions no graph can make."""
     if method == "gara_random":
         raise ValueError("gara_random tosses coins by a checksum of the image's pixels, which no graph computes")
-    for path in filter(None, paths):
+    asked = [path for path in paths if path]
+    for path in asked:
         folder = os.path.dirname(path) or "."
         if not path.endswith((".onnx", ".pt2")):
             raise ValueError(f"cannot write {path}: say FILE.onnx, or FILE.pt2 for torch.export's own form")
@@ -100,8 +101,8 @@ def check_paths(method, *paths):
         if path.endswith(".onnx") and lacking:
             raise ValueError(f"{path} needs PyTorch's ONNX exporter: pip install {' '.join(lacking)}; a .pt2 file "
                              "needs none")
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"--out and --decoder are the same file, {paths[0]}")
+    if len({os.path.abspath(path) for path in asked}) < len(asked):
+        raise ValueError(f"--out and --decoder are the same file, {asked[0]}")
 
 
 def write_encoder(sam, path):
@@ -130,8 +131,9 @@ def write(model, inputs, outputs, path):
     K = torch.export.Dim("num_points", min=1)
     dynamic = {"point_coords": {1: K}, "point_labels": {1: K}}
     shapes = tuple(dynamic.get(name) for name in inputs)
+    model.eval().requires_grad_(False)
     with few_large_products(), quiet():
-        program = torch.export.export(model.eval(), tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(model, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
         program = program.run_decompositions({})  # nothing in place
         folder = os.path.dirname(path) or "."
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
