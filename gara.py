@@ -59,7 +59,9 @@ def gated_linear(x, weight, bias, A, B, mask):
     """
     if A.dim() == 2:
         A, B = A[None], B[None]
-    N, shape, r = x.shape[0], x.shape[:-1], A.shape[1]
+    N = x.shape[0]
+    shape = x.shape[:-1]
+    r = A.shape[1]
     if mask.shape not in ((N, r), (*shape, r)) or B.shape != (len(A), weight.shape[0] // len(A), r):
         raise ValueError(f"gated_linear: x {tuple(x.shape)}, weight {tuple(weight.shape)}, A {tuple(A.shape)}, "
                          f"B {tuple(B.shape)} and mask {tuple(mask.shape)} do not fit together")
@@ -163,7 +165,8 @@ class GatedLinear(torch.autograd.Function):
 
 def merged_gradients(dy, x, weight, A, B, mask, needed):
     """Gradients of x, A, B and mask (N, r) by each image's merged weight. needed: whether x's, the others'."""
-    dtype, (G, o, _) = x.dtype, B.shape
+    dtype = x.dtype
+    G, o, _ = B.shape
     dx = dA = dB = dmask = None
     if needed[0]:
         dx = dy @ merged_weight(weight, A, B, mask, dtype)
@@ -181,7 +184,8 @@ def merged_gradients(dy, x, weight, A, B, mask, needed):
 
 def factored_gradients(dy, x, weight, A, B, mask, needed):
     """The same token by token, with mask (N, r) or (N, n, r)."""
-    dtype, (G, o, r) = x.dtype, B.shape
+    dtype = x.dtype
+    G, o, r = B.shape
     dx = dA = dB = dmask = None
     m = mask.to(dtype).view(len(x), 1, -1, r)  # (N, 1, 1 or n, r)
     dy_ = dy.unflatten(2, (G, o)).transpose(1, 2)  # (N, G, n, o)
@@ -234,7 +238,8 @@ class GaraGate(nn.Module):
 
     def __init__(self, d, rank_low, rank_high, temperature):
         super().__init__()
-        self.rank, self.temperature = rank_low + rank_high, temperature
+        self.rank = rank_low + rank_high
+        self.temperature = temperature
         self.g_space = mlp(d, SPACE_WIDTH, 1)
         self.g_L = mlp(d, COMPONENT_WIDTH, COMPONENT_WIDTH, rank_low)
         self.g_H = mlp(d, COMPONENT_WIDTH, COMPONENT_WIDTH, rank_high)
@@ -253,7 +258,8 @@ class FlatGate(nn.Module):
 
     def __init__(self, d, rank, temperature):
         super().__init__()
-        self.rank, self.temperature = rank, temperature
+        self.rank = rank
+        self.temperature = temperature
         self.g = mlp(d, COMPONENT_WIDTH, COMPONENT_WIDTH, rank)
 
     def forward(self, h):
@@ -265,7 +271,9 @@ class SpaceGate(nn.Module):
 
     def __init__(self, d, rank_low, rank_high, temperature):
         super().__init__()
-        self.ranks, self.rank, self.temperature = (rank_low, rank_high), rank_low + rank_high, temperature
+        self.ranks = rank_low, rank_high
+        self.rank = rank_low + rank_high
+        self.temperature = temperature
         self.g_space = mlp(d, SPACE_WIDTH, 1)
 
     def forward(self, h):
@@ -284,7 +292,9 @@ class RandomGate(nn.Module):
 
     def __init__(self, d, rank_low, rank_high):
         super().__init__()
-        self.ranks, self.rank, self.seeds = (rank_low, rank_high), rank_low + rank_high, None
+        self.ranks = rank_low, rank_high
+        self.rank = rank_low + rank_high
+        self.seeds = None
 
     def forward(self, h):
         shape = *h.shape[1:-1], 1 + self.rank  # of one image's coins
@@ -321,7 +331,8 @@ class ExpertGate(nn.Module):
 
     def __init__(self, d, experts, temperature):
         super().__init__()
-        self.rank, self.temperature = sum(experts), temperature
+        self.rank = sum(experts)
+        self.temperature = temperature
         self.g = mlp(d, SPACE_WIDTH, len(experts))
         block_of = []  # the expert that each component belongs to
         for expert, size in enumerate(experts):
@@ -383,7 +394,10 @@ class Adapter(nn.Module):
 
     def __init__(self, linear, gate, window=0):
         super().__init__()
-        self.weight, self.bias, self.gate, self.window = linear.weight, linear.bias, gate, window
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.gate = gate
+        self.window = window
         d = linear.in_features
         self.A = nn.Parameter(linear.weight.new_empty(3, gate.rank, d).uniform_(-d ** -0.5, d ** -0.5))
         self.B = nn.Parameter(linear.weight.new_zeros(3, d, gate.rank))
@@ -460,9 +474,11 @@ def ranks_of(options):
 
 def check_options(method, options, d):
     """ValueError for options that make no sense at width d."""
-    ranks, temperature = ranks_of(options), options.get("temperature", 1.0)
+    ranks = ranks_of(options)
+    temperature = options.get("temperature", 1.0)
     sound = isinstance(ranks, (list, tuple)) and len(ranks) > 0
-    sound = sound and all(type(rank) is int and 0 < rank <= 4 * d for rank in ranks) and sum(ranks) <= 8 * d
+    sound = sound and all(type(rank) is int and 0 < rank <= 4 * d for rank in ranks)
+    sound = sound and sum(ranks) <= 8 * d
     if not sound or type(temperature) not in (int, float) or not 0 < temperature < math.inf:
         raise ValueError(f"ranks are whole numbers from 1 to {4 * d}, together at most {8 * d}, the temperature is "
                          f"above 0: this is {method} with {str(options)[:200]}")
@@ -477,7 +493,8 @@ def detach(sam):
             old = block.attn.qkv
             with torch.device("meta"):
                 block.attn.qkv = Linear(old.weight.shape[1], old.weight.shape[0])
-            block.attn.qkv.weight, block.attn.qkv.bias = old.weight, old.bias
+            block.attn.qkv.weight = old.weight
+            block.attn.qkv.bias = old.bias
     if getattr(sam, "adapter_hook", None):
         sam.adapter_hook.remove()
     sam.adapter = sam.adapter_hook = None
@@ -496,9 +513,11 @@ def gates(sam):
         raise RuntimeError("no gates yet: attach an adapter and encode an image first")
     report = []
     for i, adapter in enumerate(layers):
-        vector, space = adapter.mask > 0.5, adapter.space
+        vector = adapter.mask > 0.5
+        space = adapter.space
         if adapter.window:  # (N, rows, columns, ...)
-            vector, space = vector.flatten(1, 2), space.flatten(1, 2)
+            vector = vector.flatten(1, 2)
+            space = space.flatten(1, 2)
         report.append(dict(layer=i, space=space, vector=vector, count=vector.sum(-1)))
     return report
 
@@ -515,7 +534,8 @@ def adapter_state(sam):
 def own_values(sam, count, positions=False):
     """{name: `count` or somewhat more evenly spaced values} of SAM's own tensors. Without positions, which at another
     image size are interpolated, and not to the same bits on every CPU."""
-    own, values = adapter_state(sam), {}
+    own = adapter_state(sam)
+    values = {}
     for key, value in sorted(sam.state_dict().items()):
         if key in own:
             continue
@@ -634,7 +654,9 @@ def load_adapter(sam, path):
     """
     content = read_adapter(path)
     check_base(sam, content, path)
-    method, options, weights = content["method"], content["options"], content["weights"]
+    method = content["method"]
+    options = content["options"]
+    weights = content["weights"]
     expected = layout(sam.backbone, method, options, path)
     wrong = [key for key in weights if key not in expected]
     for key, value in expected.items():
@@ -666,7 +688,8 @@ def layout(backbone, method, options, path):
 
 def check_base(sam, content, path):
     """ValueError if the adapter file's content is for another backbone, image size or base weights than sam's."""
-    backbone, size = content["backbone"], content["image_size"]
+    backbone = content["backbone"]
+    size = content["image_size"]
     if backbone != sam.backbone:
         raise ValueError(f"{path} adapts {backbone}, this SAM is {sam.backbone}: say --backbone {backbone}")
     if size != sam.image_encoder.img_size:

@@ -87,7 +87,7 @@ class CheckpointError(ValueError):
 
 # What zipfile and torch.load raise on a file that is damaged or none.
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError,
-              IndexError, OverflowError, zipfile.BadZipFile, zlib.error, struct.error)
+              IndexError, OverflowError, OSError, zipfile.BadZipFile, zlib.error, struct.error)
 
 
 # ---------------------------------------------------------------- matrix products, where most of SAM's time goes
@@ -823,18 +823,20 @@ def resize_positions(weights, like):
 
 
 def read_weights(path):
-    """What torch.save wrote: tensors and plain values alone, no code. CheckpointError, which says what the file is
-    instead.
+    """What torch.save wrote: tensors and plain values alone, no code. OSError for a file that cannot be opened, or
+    CheckpointError, which says what the file is instead.
 
     A zip file's own checksums are compared first: torch.load does not, and a flipped bit would be another weight.
     """
+    with open(path, "rb") as file:
+        start = file.read(64)
     try:
         if zipfile.is_zipfile(path):  # files from before torch 1.6 are none
             compare_checksums(path)
         with torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        raise CheckpointError(f"{path} {what_it_is(path, error)}") from error
+        raise CheckpointError(f"{path} {what_it_is(start, error)}") from error
 
 
 def compare_checksums(path):
@@ -853,10 +855,8 @@ for kind in ("float64", "float32", "int64", "int32", "uint32", "uint8", "bool"):
     HARMLESS.append(type(np.dtype(kind)))
 
 
-def what_it_is(path, error):
-    """Why a file could not be read as weights, in words."""
-    with open(path, "rb") as file:
-        start = file.read(64)
+def what_it_is(start, error):
+    """Why a file that begins with the bytes `start` could not be read as weights, in words."""
     if start[8:10] == b'{"':
         return "is a safetensors file: read it with the package safetensors and write its tensors with torch.save"
     if start.startswith(b"version https://git-lfs"):
