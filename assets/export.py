@@ -141,8 +141,9 @@ def write(model, inputs, outputs, path):
             if path.endswith(".pt2"):
                 torch.export.save(program, part)
             else:
-                onnx = torch.onnx.export(program, (), input_names=list(inputs), output_names=outputs, verbose=False)
-                onnx.save(part)
+                graph = torch.onnx.export(program, (), input_names=list(inputs), output_names=outputs, verbose=False,
+                                          opset_version=18)
+                graph.save(part)
             for name in sorted(os.listdir(temporary), reverse=True):  # beyond 2 GB weights are a file: FILE.onnx.data
                 os.replace(os.path.join(temporary, name), os.path.join(folder, name))
 
@@ -163,7 +164,8 @@ def quiet():
     """The exporters speak of packages that are not there and not needed, and of adapters that keep their decisions."""
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(logging.NOTSET)
