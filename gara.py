@@ -21,8 +21,8 @@ for each method: `gara`; `gara_flat`, one set and no g; `gara_space`, g alone; `
     gara.save_adapter(sam, "gara.pt")                                        # the adapter alone
     gara.load_adapter(build_sam("vit_b", "sam_vit_b_01ec64.pth"), "gara.pt")
 
-`python gara.py export` writes the adapted encoder as a graph that decides for each image (ONNX or torch.export), `python
-gara.py merge` LoRA as a plain SAM checkpoint.
+`python gara.py export` writes the adapted encoder as a graph that decides for each image (ONNX or torch.export), and
+`python gara.py merge` LoRA as a plain SAM checkpoint.
 
 Letters: N images, n tokens of an image, d width, r components, G weight matrices side by side (3: q, k and v).
 """
