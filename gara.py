@@ -21,19 +21,24 @@ for each method: `gara`; `gara_flat`, one set and no g; `gara_space`, g alone; `
     gara.save_adapter(sam, "gara.pt")                                        # the adapter alone
     gara.load_adapter(build_sam("vit_b", "sam_vit_b_01ec64.pth"), "gara.pt")
 
+`python gara.py export` writes the adapted encoder as a graph that decides for each image (ONNX or torch.export), and
+`python gara.py merge` LoRA as a plain SAM checkpoint.
+
 Letters: N images, n tokens of an image, d width, r components, G weight matrices side by side (3: q, k and v).
 """
 import hashlib
 import math
 import os
+import sys
 import zlib
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from sam import Linear, join, linear, onednn_serves, read_weights
+from sam import BACKBONES, Linear, Sam, is_weight, join, linear, onednn_serves, read_weights, reason, state_of
 
 # ---------------------------------------------------------------- the operation
 
@@ -57,7 +62,9 @@ def gated_linear(x, weight, bias, A, B, mask):
     """
     if A.dim() == 2:
         A, B = A[None], B[None]
-    N, shape, r = x.shape[0], x.shape[:-1], A.shape[1]
+    N = x.shape[0]
+    shape = x.shape[:-1]
+    r = A.shape[1]
     if mask.shape not in ((N, r), (*shape, r)) or B.shape != (len(A), weight.shape[0] // len(A), r):
         raise ValueError(f"gated_linear: x {tuple(x.shape)}, weight {tuple(weight.shape)}, A {tuple(A.shape)}, "
                          f"B {tuple(B.shape)} and mask {tuple(mask.shape)} do not fit together")
@@ -161,7 +168,8 @@ class GatedLinear(torch.autograd.Function):
 
 def merged_gradients(dy, x, weight, A, B, mask, needed):
     """Gradients of x, A, B and mask (N, r) by each image's merged weight. needed: whether x's, the others'."""
-    dtype, (G, o, _) = x.dtype, B.shape
+    dtype = x.dtype
+    G, o, _ = B.shape
     dx = dA = dB = dmask = None
     if needed[0]:
         dx = dy @ merged_weight(weight, A, B, mask, dtype)
@@ -179,7 +187,8 @@ def merged_gradients(dy, x, weight, A, B, mask, needed):
 
 def factored_gradients(dy, x, weight, A, B, mask, needed):
     """The same token by token, with mask (N, r) or (N, n, r)."""
-    dtype, (G, o, r) = x.dtype, B.shape
+    dtype = x.dtype
+    G, o, r = B.shape
     dx = dA = dB = dmask = None
     m = mask.to(dtype).view(len(x), 1, -1, r)  # (N, 1, 1 or n, r)
     dy_ = dy.unflatten(2, (G, o)).transpose(1, 2)  # (N, G, n, o)
@@ -232,7 +241,8 @@ class GaraGate(nn.Module):
 
     def __init__(self, d, rank_low, rank_high, temperature):
         super().__init__()
-        self.rank, self.temperature = rank_low + rank_high, temperature
+        self.rank = rank_low + rank_high
+        self.temperature = temperature
         self.g_space = mlp(d, SPACE_WIDTH, 1)
         self.g_L = mlp(d, COMPONENT_WIDTH, COMPONENT_WIDTH, rank_low)
         self.g_H = mlp(d, COMPONENT_WIDTH, COMPONENT_WIDTH, rank_high)
@@ -251,7 +261,8 @@ class FlatGate(nn.Module):
 
     def __init__(self, d, rank, temperature):
         super().__init__()
-        self.rank, self.temperature = rank, temperature
+        self.rank = rank
+        self.temperature = temperature
         self.g = mlp(d, COMPONENT_WIDTH, COMPONENT_WIDTH, rank)
 
     def forward(self, h):
@@ -263,7 +274,9 @@ class SpaceGate(nn.Module):
 
     def __init__(self, d, rank_low, rank_high, temperature):
         super().__init__()
-        self.ranks, self.rank, self.temperature = (rank_low, rank_high), rank_low + rank_high, temperature
+        self.ranks = rank_low, rank_high
+        self.rank = rank_low + rank_high
+        self.temperature = temperature
         self.g_space = mlp(d, SPACE_WIDTH, 1)
 
     def forward(self, h):
@@ -282,7 +295,9 @@ class RandomGate(nn.Module):
 
     def __init__(self, d, rank_low, rank_high):
         super().__init__()
-        self.ranks, self.rank, self.seeds = (rank_low, rank_high), rank_low + rank_high, None
+        self.ranks = rank_low, rank_high
+        self.rank = rank_low + rank_high
+        self.seeds = None
 
     def forward(self, h):
         shape = *h.shape[1:-1], 1 + self.rank  # of one image's coins
@@ -319,7 +334,8 @@ class ExpertGate(nn.Module):
 
     def __init__(self, d, experts, temperature):
         super().__init__()
-        self.rank, self.temperature = sum(experts), temperature
+        self.rank = sum(experts)
+        self.temperature = temperature
         self.g = mlp(d, SPACE_WIDTH, len(experts))
         block_of = []  # the expert that each component belongs to
         for expert, size in enumerate(experts):
@@ -381,7 +397,10 @@ class Adapter(nn.Module):
 
     def __init__(self, linear, gate, window=0):
         super().__init__()
-        self.weight, self.bias, self.gate, self.window = linear.weight, linear.bias, gate, window
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.gate = gate
+        self.window = window
         d = linear.in_features
         self.A = nn.Parameter(linear.weight.new_empty(3, gate.rank, d).uniform_(-d ** -0.5, d ** -0.5))
         self.B = nn.Parameter(linear.weight.new_zeros(3, d, gate.rank))
@@ -458,12 +477,14 @@ def ranks_of(options):
 
 def check_options(method, options, d):
     """ValueError for options that make no sense at width d."""
-    ranks, temperature = ranks_of(options), options.get("temperature", 1.0)
+    ranks = ranks_of(options)
+    temperature = options.get("temperature", 1.0)
     sound = isinstance(ranks, (list, tuple)) and len(ranks) > 0
     sound = sound and all(type(rank) is int and 0 < rank <= 4 * d for rank in ranks)
+    sound = sound and sum(ranks) <= 8 * d
     if not sound or type(temperature) not in (int, float) or not 0 < temperature < math.inf:
-        raise ValueError(f"{method} with {options}: ranks are whole numbers from 1 to {4 * d}, "
-                         "the temperature is above 0")
+        raise ValueError(f"ranks are whole numbers from 1 to {4 * d}, together at most {8 * d}, the temperature is "
+                         f"above 0: this is {method} with {str(options)[:200]}")
     if options.get("scope", "image") not in SCOPES:
         raise ValueError(f"{method} with scope {options['scope']!r}: choose one of {', '.join(SCOPES)}")
 
@@ -475,7 +496,8 @@ def detach(sam):
             old = block.attn.qkv
             with torch.device("meta"):
                 block.attn.qkv = Linear(old.weight.shape[1], old.weight.shape[0])
-            block.attn.qkv.weight, block.attn.qkv.bias = old.weight, old.bias
+            block.attn.qkv.weight = old.weight
+            block.attn.qkv.bias = old.bias
     if getattr(sam, "adapter_hook", None):
         sam.adapter_hook.remove()
     sam.adapter = sam.adapter_hook = None
@@ -494,9 +516,11 @@ def gates(sam):
         raise RuntimeError("no gates yet: attach an adapter and encode an image first")
     report = []
     for i, adapter in enumerate(layers):
-        vector, space = adapter.mask > 0.5, adapter.space
+        vector = adapter.mask > 0.5
+        space = adapter.space
         if adapter.window:  # (N, rows, columns, ...)
-            vector, space = vector.flatten(1, 2), space.flatten(1, 2)
+            vector = vector.flatten(1, 2)
+            space = space.flatten(1, 2)
         report.append(dict(layer=i, space=space, vector=vector, count=vector.sum(-1)))
     return report
 
@@ -510,28 +534,53 @@ def adapter_state(sam):
     return own
 
 
-def fingerprint(sam):
-    """Hex digest that tells base models apart: of each of SAM's own tensors, a thousand or so evenly spaced values.
-
-    They are taken as bfloat16, so a model cast to it keeps its fingerprint.
-    """
-    own, digest = adapter_state(sam), hashlib.sha256()
+def own_values(sam, count, positions=False):
+    """{name: `count` or somewhat more evenly spaced values} of SAM's own tensors. Without positions, which at another
+    image size are interpolated, and not to the same bits on every CPU."""
+    own = adapter_state(sam)
+    values = {}
     for key, value in sorted(sam.state_dict().items()):
-        if key not in own:
-            step = max(1, value.numel() // 1024)
-            sample = value.flatten()[::step].to(torch.bfloat16).view(torch.int16)
-            digest.update(key.encode() + sample.cpu().numpy().tobytes())
+        if key in own:
+            continue
+        if positions or not ("pos_embed" in key or "rel_pos" in key):
+            step = max(1, value.numel() // count)
+            values[key] = value.flatten()[::step].cpu()
+    return values
+
+
+def fingerprint(sam, positions=False):
+    """Short hex digest that tells base models apart, by a thousand values or so of each tensor, taken as bfloat16."""
+    digest = hashlib.sha256()
+    for key, value in own_values(sam, 1024, positions).items():
+        rounded = value.to(torch.bfloat16).view(torch.int16)
+        digest.update(key.encode() + rounded.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-FORMAT = "gara-sam adapter 2"
+def base_values(sam):
+    """What an adapter file keeps of the weights that it was trained on: a few numbers of each tensor."""
+    return torch.cat([value.float() for value in own_values(sam, 4).values()])
+
+
+def is_base(sam, base):
+    """Whether an adapter file's `base` is of these weights, be they stored in float32, half or bfloat16."""
+    if isinstance(base, str):  # files of format 2
+        return base == fingerprint(sam, positions=True)
+    here = base_values(sam)
+    return fits(base, here) and torch.allclose(base.float(), here, rtol=2**-8, atol=1e-7)  # two roundings to bfloat16
+
+
+# ---------------------------------------------------------------- adapter files
+
+FORMAT, EARLIER = "gara-sam adapter 3", "gara-sam adapter 2"
 
 
 def save_adapter(sam, path, **meta):
-    """Write the adapter alone (no base weights), with its options and the base model's fingerprint.
+    """Write the adapter alone (no base weights), with its options and a sample of the base model's values.
 
-    `meta` is kept with it: numbers, strings, tensors, and lists or dicts of these. ValueError when sam has no adapter
-    or one that holds NaN; a file that was at `path` is then left as it is.
+    `meta` is kept with it: numbers, strings, tensors, NumPy's numbers and arrays (as Python's and tensors), and lists,
+    tuples or dicts of these. ValueError for other things, when sam has no adapter, or one that holds NaN; a file that
+    was at `path` is then left as it is.
     """
     if not adapters(sam):
         raise ValueError("this SAM carries no adapter: attach(sam) first")
@@ -540,13 +589,36 @@ def save_adapter(sam, path, **meta):
         if not value.isfinite().all():
             raise ValueError(f"not saved: {key} holds NaN or infinite values")
     content = dict(format=FORMAT, backbone=sam.backbone, image_size=sam.image_encoder.img_size,
-                   base=fingerprint(sam), **sam.adapter, weights=weights, meta=meta)
+                   base=base_values(sam), **sam.adapter, weights=weights, meta=plain(meta))
+    save_whole(content, path)
+
+
+def plain(value):
+    """`value` of plain Python and torch types. ValueError if it holds anything that could not be read again."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(value.copy())
+    if isinstance(value, dict):
+        return {plain(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        kind = tuple if isinstance(value, tuple) else list
+        return kind(plain(entry) for entry in value)
+    if type(value) in (bool, int, float, complex, str, bytes, type(None), torch.Tensor, nn.Parameter):
+        return value
+    raise ValueError(f"not saved: {str(value)[:60]!r} is {type(value).__name__}; an adapter's file keeps numbers, "
+                     "strings, tensors, and lists, tuples or dicts of these")
+
+
+def save_whole(content, path):
+    """torch.save, but a file is written whole or not at all."""
+    part = f"{path}.part"
     try:
-        torch.save(content, f"{path}.part")
-        os.replace(f"{path}.part", path)
+        torch.save(content, part)
+        os.replace(part, path)
     finally:
-        if os.path.exists(f"{path}.part"):
-            os.remove(f"{path}.part")
+        if os.path.exists(part):
+            os.remove(part)
 
 
 class WholeModel(ValueError):
@@ -559,19 +631,21 @@ def read_adapter(path):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no adapter file at {path}")
     content = read_weights(path)
+    if state_of(content):
+        raise WholeModel(f"{path} is not an adapter file but a SAM checkpoint: give it with --checkpoint")
     if not isinstance(content, dict):
         content = {}
     if content.get("format") == "gara-sam adapter 1":
         raise ValueError(f"{path} was trained with gates of another form, before the paper's own were known: train it "
                          "again, or use the version of this project that made it")
-    if "image_encoder.pos_embed" in content:
-        raise WholeModel(f"{path} is not an adapter file but a SAM checkpoint: give it with --checkpoint")
-    if content.get("format") != FORMAT:
+    if content.get("format") not in (FORMAT, EARLIER):
         raise ValueError(f"{path} is not an adapter file of this project")
-    entries = dict(backbone=str, image_size=int, base=str, method=str, options=dict, weights=dict, meta=dict)
+    entries = dict(backbone=str, image_size=int, method=str, options=dict, weights=dict, meta=dict)
     for key, kind in entries.items():
         if not isinstance(content.get(key), kind):
             raise ValueError(f"{path} is damaged: its entry {key!r} is missing or no {kind.__name__}")
+    if content["backbone"] not in BACKBONES:
+        raise ValueError(f"{path} adapts {content['backbone'][:20]!r}, not one of {', '.join(BACKBONES)}")
     return content
 
 
@@ -583,47 +657,84 @@ def load_adapter(sam, path):
     """
     content = read_adapter(path)
     check_base(sam, content, path)
-    method, options = content["method"], content["options"]
-    fresh = not adapters(sam)
-    if not fresh and sam.adapter != dict(method=method, options=options):
-        raise ValueError(f"{path} is {method} {options}, this SAM carries {sam.adapter['method']} "
-                         f"{sam.adapter['options']}: detach(sam) first")
-
-    trainable = [p.requires_grad for p in sam.parameters()]
-    if fresh:
-        attach(sam, method, **options)
-    own, weights = adapter_state(sam), content["weights"]
-    wrong = sorted(own.keys() ^ weights.keys())
-    for key, value in own.items():
-        if key in weights and not fits(weights[key], value):
+    method = content["method"]
+    options = content["options"]
+    weights = content["weights"]
+    expected = layout(sam.backbone, method, options, path)
+    wrong = [key for key in weights if key not in expected]
+    for key, value in expected.items():
+        if not fits(weights.get(key), value):
             wrong.append(key)
     if wrong:
-        if fresh:
-            detach(sam)
-            for p, flag in zip(sam.parameters(), trainable):
-                p.requires_grad_(flag)
-        raise ValueError(f"{path}: {wrong[0]} is missing, unknown, of a wrong shape or not finite "
+        raise ValueError(f"{path}: {str(wrong[0])[:80]!r} is missing, unknown, of a wrong shape or not finite "
                          f"({len(wrong)} such keys)")
+
+    if not adapters(sam):
+        attach(sam, method, **options)
+    elif sam.adapter != dict(method=method, options=options):
+        raise ValueError(f"{path} is {method} {options}, this SAM carries {sam.adapter['method']} "
+                         f"{sam.adapter['options']}: detach(sam) first")
     with torch.no_grad():
-        for key, value in own.items():
+        for key, value in adapter_state(sam).items():
             value.copy_(weights[key])
     return content["meta"]
 
 
+def layout(backbone, method, options, path):
+    """An adapter's state, without memory, by its options. ValueError, with the file's path, for impossible ones."""
+    try:
+        with torch.device("meta"):
+            return adapter_state(attach(Sam(backbone), method, **options))
+    except (ValueError, TypeError) as error:  # the latter: names of options that are none
+        raise ValueError(f"{path}: {reason(error)}") from error
+
+
 def check_base(sam, content, path):
     """ValueError if the adapter file's content is for another backbone, image size or base weights than sam's."""
-    backbone, size, base = content["backbone"], content["image_size"], content["base"]
+    backbone = content["backbone"]
+    size = content["image_size"]
     if backbone != sam.backbone:
         raise ValueError(f"{path} adapts {backbone}, this SAM is {sam.backbone}: say --backbone {backbone}")
     if size != sam.image_encoder.img_size:
         raise ValueError(f"{path} was trained at image size {size}, this SAM takes {sam.image_encoder.img_size}: "
                          f"build_sam(..., image_size={size})")
-    here = fingerprint(sam)
-    if base != here:
-        raise ValueError(f"{path} was trained on other {sam.backbone} weights than these (fingerprint {base}, here "
-                         f"{here}): give the checkpoint it was trained on with --checkpoint")
+    if not is_base(sam, content.get("base")):
+        raise ValueError(f"{path} was trained on other {backbone} weights than these: give the checkpoint it was "
+                         "trained on with --checkpoint")
 
 
 def fits(weight, expected):
     """Whether an entry of a file is a finite tensor of the expected one's shape."""
-    return isinstance(weight, torch.Tensor) and weight.shape == expected.shape and bool(weight.isfinite().all())
+    return is_weight(weight) and weight.shape == expected.shape and bool(weight.float().isfinite().all())
+
+
+# ---------------------------------------------------------------- python gara.py export | merge
+
+def merge(sam, weights):
+    """A checkpoint's `weights` with the adapter of the SAM that was built from it: B A is added to W. ValueError for
+    all methods but LoRA."""
+    check_mergeable(sam.adapter["method"])
+    weights = dict(weights)
+    for layer, adapter in enumerate(adapters(sam)):
+        everything = adapter.A.new_ones(1, adapter.gate.rank)
+        weight = merged_weight(adapter.weight, adapter.A, adapter.B, everything, adapter.A.dtype)
+        weights[f"image_encoder.blocks.{layer}.attn.qkv.weight"] = weight[0].detach()
+    return weights
+
+
+def check_mergeable(method):
+    """ValueError if the method's weights depend on the image."""
+    if method != "lora":
+        raise ValueError(f"the weights of {method} depend on the image, so no checkpoint can hold them: "
+                         "`python gara.py export` writes a graph that decides for each image")
+
+
+def main(argv=None):
+    """Convert an adapter from the command line; returns the exit code."""
+    from assets import export  # here, since it is built on this file
+
+    return export.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -31,14 +31,17 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import glob
+import http.client
 import importlib.util
 import json
 import math
 import os
 import pickle
+import re
+import socket
 import struct
 import sys
-import urllib.error
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -86,7 +89,7 @@ class CheckpointError(ValueError):
 
 # What zipfile and torch.load raise on a file that is damaged or none.
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError,
-              IndexError, OverflowError, zipfile.BadZipFile, zlib.error, struct.error)
+              IndexError, OverflowError, OSError, zipfile.BadZipFile, zlib.error, struct.error)
 
 
 # ---------------------------------------------------------------- matrix products, where most of SAM's time goes
@@ -833,34 +836,107 @@ def resize_positions(weights, like):
 
 
 def read_weights(path):
-    """What torch.save wrote: tensors and plain values alone, no code. CheckpointError if the file is damaged.
+    """What torch.save wrote: tensors and plain values alone, no code. OSError for a file that cannot be opened, or
+    CheckpointError, which says what the file is instead.
 
     A zip file's own checksums are compared first: torch.load does not, and a flipped bit would be another weight.
     """
+    with open(path, "rb") as file:
+        start = file.read(64)
     try:
         if zipfile.is_zipfile(path):  # files from before torch 1.6 are none
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise ValueError(f"checksum of {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+            compare_checksums(path)
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        raise CheckpointError(f"{path} is not a readable PyTorch weights file, or damaged (cut off while copying?): "
-                              f"fetch it again ({reason})") from error
+        raise CheckpointError(f"{path} {what_it_is(start, error)}") from error
+
+
+def compare_checksums(path):
+    """ValueError if a part of a zip file is not what was written. torch.save can be told to write no checksums."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        folders = [part for part in parts if part.external_attr & 16]  # no checksum: torch.load would read zeros
+        if folders or any(part.CRC for part in parts) and archive.testzip():
+            raise ValueError("damaged")
+
+
+# What other people's training scripts keep beside their weights: settings, and NumPy's numbers and arrays.
+HARMLESS = [argparse.Namespace, np.dtype, np.ndarray]
+for example, name in ((np.float64(0), "scalar"), (np.zeros(1), "_reconstruct")):
+    make = example.__reduce__()[0]
+    HARMLESS += [make, (make, f"numpy.core.multiarray.{name}")]  # its name before NumPy 2
+for kind in ("float64", "float32", "int64", "int32", "uint32", "uint8", "bool"):
+    HARMLESS.append(type(np.dtype(kind)))
+
+
+def what_it_is(start, error):
+    """Why a file that begins with the bytes `start` could not be read as weights, in words."""
+    if start[8:10] == b'{"':
+        return "is a safetensors file: read it with the package safetensors and write its tensors with torch.save"
+    if start.startswith(b"version https://git-lfs"):
+        return "is Git LFS's pointer to the file, not the file: run `git lfs pull` where it lies"
+    if start.lstrip().startswith(b"<"):
+        return "is a web page, not a readable PyTorch weights file: download it again, by its direct address"
+    code = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if code:
+        return (f"is not a readable PyTorch weights file: it holds code ({code[1]}), such as a whole pickled model, "
+                "which is not run; save the model's state_dict() instead")
+    if "TorchScript" in str(error):
+        return "is not a readable PyTorch weights file: it is a TorchScript program; give the weights it was made from"
+    return "is not a readable PyTorch weights file, or damaged (cut off while copying?): fetch it again"
+
+
+def reason(error):
+    """The first line of an error's message, or its kind if it has none."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:160]
+
+
+POSITIONS = "image_encoder.pos_embed"  # in every SAM, and in nothing else
+
+
+def state_of(content):
+    """The state dict in what a file holds, by SAM's own names; None if there is none.
+
+    It may lie under a name ("model", or "sam" as in the last.pt of `train.py --method full`), and all its names may
+    begin with the same words ("module." after training on several GPUs).
+    """
+    for name in 2 * ("state_dict", "model_state_dict", "model", "sam"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        return None
+    for key in content:
+        prefix = key.removesuffix(POSITIONS)
+        if prefix != key and all(other.startswith(prefix) for other in content):
+            return {other.removeprefix(prefix): value for other, value in content.items()}
+    return None
+
+
+def is_weight(value):
+    """Whether an entry of a file is an ordinary tensor of floating-point numbers."""
+    if not isinstance(value, torch.Tensor) or value.is_nested or value.layout != torch.strided:
+        return False
+    usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return value.dtype in usual and value.device.type == "cpu"
 
 
 def read_checkpoint(path, backbone):
     """The state dict in `path`, checked against `backbone` key by key. Raises FileNotFoundError or CheckpointError."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}: give an existing file with --checkpoint")
-    weights = read_weights(path)
-    position = weights.get("image_encoder.pos_embed") if isinstance(weights, dict) else None
-    if not isinstance(position, torch.Tensor) or position.dim() != 4:
-        raise CheckpointError(f"{path} is not a SAM checkpoint: it has no image_encoder.pos_embed with 4 dimensions")
+    content = read_weights(path)
+    weights = state_of(content)
+    if weights is None and isinstance(content, dict) and str(content.get("format", "")).startswith("gara-sam adapter"):
+        raise CheckpointError(f"{path} is an adapter, not a SAM checkpoint: it is given beside one")
+    if weights is None:
+        raise CheckpointError(f"{path} is not a SAM checkpoint: it has no {POSITIONS}")
     for key, value in weights.items():
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        if not is_weight(value):
             raise CheckpointError(f"{path}: {key} is not a tensor of floating-point numbers: not a SAM checkpoint")
+    if weights[POSITIONS].dim() != 4:
+        raise CheckpointError(f"{path} is not a SAM checkpoint: its {POSITIONS} has not 4 dimensions")
 
     check_backbone(path, weights, backbone)
     check_layout(path, weights, backbone)
@@ -870,7 +946,7 @@ def read_checkpoint(path, backbone):
 def check_backbone(path, weights, backbone):
     """CheckpointError if the encoder's width and depth are another backbone's."""
     blocks = {key.split(".")[2] for key in weights if key.startswith("image_encoder.blocks.")}
-    width, depth = weights["image_encoder.pos_embed"].shape[-1], len(blocks)
+    width, depth = weights[POSITIONS].shape[-1], len(blocks)
     for name, sizes in BACKBONES.items():
         if (sizes["d"], sizes["depth"]) == (width, depth):
             if name == backbone:
@@ -887,7 +963,7 @@ def check_layout(path, weights, backbone):
     unknown = weights.keys() - expected.keys()
     for problem, keys in (("lacks", lacking), ("has the unknown key", unknown)):
         if keys:
-            raise CheckpointError(f"{path} {problem} {min(keys)} ({len(keys)} such): not a checkpoint of {backbone}")
+            raise CheckpointError(f"{path} {problem} {min(keys)!r} ({len(keys)} such): not a checkpoint of {backbone}")
     for key, value in weights.items():
         if value.shape != expected[key].shape:
             raise CheckpointError(f"{path}: {key} has shape {tuple(value.shape)}, "
@@ -909,13 +985,39 @@ def find_checkpoint(backbone):
     if backbone == "vit_t":
         raise FileNotFoundError(f"assets/{name} is missing: it comes with this repository "
                                 "(or make it: train.py --pretrain)")
-    print(f"downloading {URL}{name} to {cache}", file=sys.stderr)
     try:
-        os.makedirs(cache, exist_ok=True)  # download_url_to_file writes beside the target, verifies, then renames
-        torch.hub.download_url_to_file(URL + name, path, hash_prefix=name[-10:-4])
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
-        raise FileNotFoundError(f"could not download {name} ({error}): put {URL}{name} into checkpoints/") from error
+        os.makedirs(cache, exist_ok=True)
+        with one_download_at_a_time(cache):
+            if not os.path.isfile(path):
+                print(f"downloading {URL}{name} to {cache}", file=sys.stderr)
+                torch.hub.download_url_to_file(URL + name, path, hash_prefix=name[-10:-4])
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+        raise FileNotFoundError(f"could not download {name} ({reason(error)}): put {URL}{name} into checkpoints/") \
+            from error
     return path
+
+
+PATIENCE = 60  # seconds that a server may be silent
+
+
+@contextlib.contextmanager
+def one_download_at_a_time(folder):
+    """Other processes wait until this one's download has ended. What a killed one left in the folder is removed, and a
+    server that falls silent is an error: torch.hub would wait for it for ever."""
+    import fcntl  # here, since Windows has none
+
+    before = socket.getdefaulttimeout()
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network drives have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, however that ends
+            for left in glob.glob(os.path.join(glob.escape(folder), "sam_vit_*.partial")):
+                os.remove(left)
+        socket.setdefaulttimeout(PATIENCE)
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+        os.close(lock)
 
 
 # ---------------------------------------------------------------- prediction on one image
