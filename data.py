@@ -227,7 +227,7 @@ def alone_in(folder):
 
 
 def end_with_parent(_=None):
-    """In a worker (a DataLoader's worker_init_fn): ends it once its parent has ended, even by SIGKILL."""
+    """In a worker: ends it once its parent has ended, even by SIGKILL."""
     parent = multiprocessing.parent_process()
     if parent is None:  # this is no worker
         return
@@ -237,6 +237,14 @@ def end_with_parent(_=None):
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def start_worker(_=None):
+    """A worker's first act (a DataLoader's worker_init_fn): it is to end with its parent, whatever ends that one, and
+    not by a Ctrl-C or SIGTERM that reaches both."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
 
 
 def save_png(image, path):
@@ -1805,11 +1813,6 @@ def pin_prompts(datasets, paths):
 
 # ---------------------------------------------------------------- writing folders of degraded images
 
-def _start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: one voice
-    end_with_parent()
-
-
 def _parallel(work, jobs):
     """work(job) for all jobs, on all cores, in any order. Whatever goes wrong, it waits for no worker, and none stays."""
     workers = min(os.cpu_count() or 1, len(jobs) // 8)
@@ -1817,7 +1820,7 @@ def _parallel(work, jobs):
         yield from map(work, jobs)
         return
     others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(workers, initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, initializer=start_worker)
     try:
         futures = [pool.submit(work, job) for job in jobs]
         for future in as_completed(futures):

@@ -101,13 +101,6 @@ def prepare(conditions, sample):
         return data.SampleError(f"{sample.clear}: cannot be used ({error!r})")
 
 
-def start_worker(_):
-    """A worker ends with its parent, whatever ends that one, and not by a Ctrl-C or SIGTERM that reaches both."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    data.end_with_parent()
-
-
 def prepared(dataset, conditions, workers, todo):
     """What `prepare` makes of each image numbered in `todo`. No worker outlives this generator, however it ends."""
     before = multiprocessing.active_children()
@@ -117,7 +110,7 @@ def prepared(dataset, conditions, workers, todo):
         batch_size=None,
         collate_fn=functools.partial(prepare, conditions),
         num_workers=workers,
-        worker_init_fn=start_worker)
+        worker_init_fn=data.start_worker)
     try:
         items = iter(loader)
         if workers:  # a dead one is noticed when its image is waited for; PyTorch's handler breaks in anywhere
@@ -986,16 +979,14 @@ def show(results, args, *written):
     """Prints the tables, writes results.csv and the figures, and says what was written, now and before."""
     print_tables(results, args.paper)
     path = os.path.join(args.out, "results.csv")
-    data.save_bytes(as_csv(results).encode(errors="backslashreplace"), path)
+    data.save_text(as_csv(results), path)
     paths = figures.draw_all(results, args.out)
     print(f"written: {', '.join([path, *paths, *written])}")
 
 
 def main(argv=None):
     """Run the command line; returns the exit code. A user's mistake ends in one line."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+    data.plain_output()
     args = parse(argv)
     try:
         run(args)

@@ -1561,8 +1561,9 @@ def segment_everything(args):
 
 def main(argv=None):
     """Segment one image from the command line; returns the exit code. A user's mistake ends in one line."""
-    from data import DatasetError
+    from data import DatasetError, plain_output
 
+    plain_output()
     args = parse(argv)
     keep_freed_memory()
     try:

@@ -8,12 +8,16 @@ What each part is held against:
     data         miniatures of eleven datasets written here, every kind of bad file, masks by pycocotools
     training     the loss and the targets in plain loops; a run stopped and resumed against one that was not
     evaluation   a model that knows the answers, counting in plain loops, SamPredictor
+    page         every request, every kind of bad one, two visitors at once
 No network or GPU is needed. Everything takes three minutes on two slow cores.
 """
 import argparse
+import base64
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import http.client
 import http.server
 import importlib.util
 import io
@@ -28,8 +32,10 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -48,7 +54,7 @@ import evaluate
 import gara
 import sam
 import train
-from assets import figures
+from assets import figures, page
 from corruptions import CORRUPTIONS, OTHERS, corrupt
 
 HERE = os.path.dirname(os.path.abspath(data.__file__))
@@ -6105,15 +6111,6 @@ def test_the_studys_report_says_what_the_folders_hold(plan, tmp_path, monkeypatc
         assert row.split("|")[2].split()[0] == f"{100 * np.mean(of_seeds):.1f}"
 
 # The page.
-
-import base64
-import concurrent.futures
-import http.client
-import socket
-import tempfile
-import threading
-
-from assets import page
 
 VIEW = dict(image=0, corruption="fog", strength=1, noise=0)
 POINT = dict(VIEW, model=0, points=[[60, 60, 1]], box=None)

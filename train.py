@@ -260,9 +260,7 @@ def batches(examples, first, batch_size, workers):
 def obey_the_main_process(told, _):
     """In a worker: it ends when the main process says so or is gone, whatever it is doing, and for no other reason.
     Ctrl-C, and a cluster's SIGTERM, reach every process; the workers must live until the main one has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    data.end_with_parent()
+    data.start_worker()
     threading.Thread(target=end_when_told, args=[told], daemon=True).start()
 
 
@@ -593,7 +591,6 @@ def save(run, name, **meta):
     if PROCESS_RANK > 0:
         return
     path = run.folder / name
-    part = f"{path}.part"
     meta |= dict(step=run.step, settings=run.settings)
     try:
         if gara.adapters(run.sam):
@@ -604,11 +601,8 @@ def save(run, name, **meta):
             content = dict(sam=content, **meta)
         elif run.args.pretrain:  # the rounding is far below training noise
             content = {key: value.half() for key, value in content.items()}
-        torch.save(content, part)
-        os.replace(part, path)
+        gara.save_whole(content, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        if os.path.exists(part):
-            os.remove(part)
         free = shutil.disk_usage(run.folder).free / 1e6
         raise TrainingError(f"cannot write {path}, {free:,.0f} MB are free there; what was saved before is kept: "
                             f"make room and --resume ({line_of(error)})") from error

@@ -16,6 +16,7 @@ import warnings
 import torch
 import torch.nn as nn
 
+import data
 import gara
 from sam import ENCODED_AT_ONCE, SCORES_AT_ONCE, build_sam, find_checkpoint, read_checkpoint, reason
 
@@ -217,6 +218,7 @@ def convert(args):
 
 def main(argv=None):
     """Convert an adapter from the command line; returns the exit code. A user's mistake ends in one line."""
+    data.plain_output()
     args = parse(argv)
     try:
         convert(args)

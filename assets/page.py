@@ -526,6 +526,7 @@ def make_server(args):
 
 def main(argv=None):
     """Serves until Ctrl-C; returns the exit code. A user's mistake ends in one line."""
+    data.plain_output()
     args = parse(argv)
     keep_freed_memory()
     try:
