@@ -27,7 +27,6 @@ plain one it equals, and a test compares the two:
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import importlib.util
 import math
@@ -72,7 +71,7 @@ URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 # (what fits its caches); on a GPU, where nothing was measured yet, it is what a few GB hold.
 ENCODED_AT_ONCE = {"cpu": 2**10}                # image tokens in the encoder's feed-forward layers, over all images
 SCORES_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}  # attention scores in the encoder: queries x keys, over all heads
-TOKENS_AT_ONCE = {"cpu": 2**12, "cuda": 2**20}  # image tokens in the mask decoder, over all prompts
+TOKENS_AT_ONCE = {"cpu": 2**13, "cuda": 2**20}  # image tokens in the mask decoder, over all prompts
 MASKS_AT_ONCE = {"cpu": 1, "cuda": 32}          # prompts whose masks are at the image's own size, in SamPredictor
 
 
@@ -366,11 +365,11 @@ class PositionEmbeddingRandom(nn.Module):
         super().__init__()
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, features))
 
-    def forward(self, xy):  # (..., 2) in [0, 1] -> (..., 2 * features)
+    def forward(self, xy):  # (..., 2) in [0, 1], float32 -> (..., 2 * features) in the model's dtype
+        matrix = self.positional_encoding_gaussian_matrix
         with torch.autocast(xy.device.type, enabled=False):  # bfloat16 would blur positions to a few pixels
-            matrix = self.positional_encoding_gaussian_matrix.to(xy.dtype)
-            angle = 2 * torch.pi * ((2 * xy - 1) @ matrix)
-            return torch.cat([angle.sin(), angle.cos()], dim=-1)
+            angle = 2 * torch.pi * ((2 * xy - 1) @ matrix.to(xy.dtype))
+            return torch.cat([angle.sin(), angle.cos()], dim=-1).to(matrix.dtype)
 
 
 class PromptEncoder(nn.Module):
@@ -432,51 +431,33 @@ class PromptEncoder(nn.Module):
         else:
             sparse = no_mask.new_empty(1 if masks is None else len(masks), 0, self.C)
         if masks is not None:
-            return sparse, self.mask_downscaling(masks)
+            return sparse, self.mask_downscaling(masks.to(no_mask.dtype))
         dense = no_mask.view(1, -1, 1, 1)
         return sparse, dense.expand(len(sparse), -1, self.size, self.size)
 
 
 # ---------------------------------------------------------------- mask decoder
 
-@dataclasses.dataclass
-class ImageTokens:
-    """An image as the mask decoder sees it."""
-
-    tokens: torch.Tensor     # (P or 1, HW, C): its embedding, and what a mask prompt adds
-    positions: torch.Tensor  # (1, HW, C)
-    projected: tuple = None  # what the first layer's `project` makes of them, if done once for many prompts
-
-    @functools.cached_property
-    def places(self):
-        """What other tokens are compared with."""
-        return self.tokens + self.positions
-
-
 class DecoderAttention(nn.Module):
     """Multi-head attention whose inner width may be smaller than its outer width.
 
-    Between a few tokens and the whole image, projecting the image is what costs. But (W t) . (V p) = (V^T W t) . p for
-    a token t and a pixel p: tokens can pass through both projections and the image through none. With 7 tokens and 8
-    heads that is less than half the work, and nothing else is as large as the image.
+    `forward` is the plain form. Between a few tokens and the whole image, projecting the image is what costs. But
+    (W t) . (V p) = (V^T W t) . p for a token t and a pixel p: tokens can pass through both projections and the image
+    through none. With 7 tokens and 8 heads that is less than half the work, and nothing else is as large as the image.
     """
 
     def __init__(self, C, heads, downsample=1):
         super().__init__()
         self.heads = heads
-        self.q_proj = Linear(C, C // downsample)
-        self.k_proj = Linear(C, C // downsample)
-        self.v_proj = Linear(C, C // downsample)
+        self.q_proj = nn.Linear(C, C // downsample)
+        self.k_proj = nn.Linear(C, C // downsample)
+        self.v_proj = nn.Linear(C, C // downsample)
         self.out_proj = nn.Linear(C // downsample, C)
 
     def forward(self, q, k, v):  # (P, Q, C), (P, K, C), (P, K, C) -> (P, Q, C)
-        return self.attend(self.q_proj(q), self.k_proj(k), self.v_proj(v))
-
-    def attend(self, q, k, v):
-        """`forward` after the projections; k and v may be one prompt's for all."""
-        q = self.split(q)
-        k = self.split(k)
-        v = self.split(v)
+        q = self.split(self.q_proj(q))
+        k = self.split(self.k_proj(k))
+        v = self.split(self.v_proj(v))
         scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (P, heads, Q, K)
         out = scores.softmax(-1).to(v.dtype) @ v  # (P, heads, Q, c)
         return self.out_proj(self.merge(out))
@@ -492,40 +473,32 @@ class DecoderAttention(nn.Module):
         weight = projection.weight.unflatten(0, (self.heads, -1))
         return weight, projection.bias.unflatten(0, (self.heads, 1, -1))
 
-    def tokens_to_image(self, q, image):
-        """`forward` for tokens q (P, T, C), keys image.places and values image.tokens -> (P, T, C)."""
-        q = self.q_proj(q)
-        if image.projected:
-            k, v, _ = image.projected
-            return self.attend(q, k, v)
+    def tokens_to_image(self, q, k, v):
+        """`forward` for tokens q (P, T, C) and, as keys and values, an image (P or 1, HW, C) -> (P, T, C)."""
         to_k, _ = self.weights(self.k_proj)  # its bias would move all scores of a token alike
         to_v, bias = self.weights(self.v_proj)
-        q = self.split(q)
+        q = self.split(self.q_proj(q))
         q = (q * q.shape[-1] ** -0.5) @ to_k  # (P, heads, T, C)
-        scores = products(q.flatten(1, 2), image.places)  # (P, heads * T, HW)
-        seen = products(scores.softmax(-1).to(q.dtype), image.tokens.mT)
+        scores = products(q.flatten(1, 2), k)  # (P, heads * T, HW)
+        seen = products(scores.softmax(-1).to(q.dtype), v.mT)
         seen = seen.unflatten(1, (self.heads, -1))  # (P, heads, T, C)
         return self.out_proj(self.merge(seen @ to_v.mT + bias))
 
-    def image_to_tokens(self, image, k, v):
-        """image.tokens + `forward` for queries image.places and tokens k, v (P, T, C) -> (P, HW, C)."""
+    def image_to_tokens(self, image, q, k, v):
+        """image + `forward` for an image's queries q (P or 1, HW, C) and tokens k, v (P, T, C) -> (P, HW, C)."""
         k = self.split(self.k_proj(k))
-        k = k * k.shape[-1] ** -0.5
         v = self.split(self.v_proj(v))
-        if image.projected:
-            q = self.split(image.projected[2])
-            scores = k @ q.mT  # (P, heads, T, HW)
-        else:
-            to_q, bias = self.weights(self.q_proj)
-            scores = products((k @ to_q).flatten(1, 2), image.places)
-            scores = scores.unflatten(1, (self.heads, -1)) + k @ bias.mT
+        k = k * k.shape[-1] ** -0.5
+        to_q, bias = self.weights(self.q_proj)
+        scores = products((k @ to_q).flatten(1, 2), q)
+        scores = scores.unflatten(1, (self.heads, -1)) + k @ bias.mT  # (P, heads, T, HW)
         shares = scores.softmax(2).to(v.dtype)  # over T
         shares = shares.flatten(1, 2).mT  # (P, HW, heads * T)
 
         out = self.out_proj.weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0)  # (heads, c, C)
         v = v @ out  # (P, heads, T, C)
         v = v + self.out_proj.bias / self.heads  # here, not on every pixel: the shares of each head add up to 1
-        return torch.baddbmm(image.tokens, shares, v.flatten(1, 2))  # the sum is no pass of its own over the image
+        return torch.baddbmm(image, shares, v.flatten(1, 2))  # the sum is no pass of its own over the image
 
 
 class TwoWayAttentionBlock(nn.Module):
@@ -543,26 +516,20 @@ class TwoWayAttentionBlock(nn.Module):
         self.norm4 = nn.LayerNorm(C)
         self.cross_attn_image_to_token = DecoderAttention(C, heads, downsample=2)
 
-    def project(self, image):
-        """An image's part in both attentions between it and the tokens: k and v for the tokens, its own q."""
-        k = self.cross_attn_token_to_image.k_proj(image.places)
-        v = self.cross_attn_token_to_image.v_proj(image.tokens)
-        q = self.cross_attn_image_to_token.q_proj(image.places)
-        return k, v, q
-
-    def forward(self, tokens, token_pe, image):
-        """tokens and their positions (P, T, C), image: ImageTokens -> tokens (P, T, C), and the image's, P of them."""
+    def forward(self, tokens, token_pe, image, image_pe):
+        """Tokens (P, T, C) and the image (P or 1, HW, C), each with positions -> tokens and image (P, HW, C) anew."""
+        places = image + image_pe
         q = tokens if self.first else tokens + token_pe
         attended = self.self_attn(q, q, tokens)
         tokens = self.norm1(attended if self.first else tokens + attended)
 
-        attended = self.cross_attn_token_to_image.tokens_to_image(tokens + token_pe, image)
+        attended = self.cross_attn_token_to_image.tokens_to_image(tokens + token_pe, places, image)
         tokens = self.norm2(tokens + attended)
 
         tokens = self.norm3(tokens + self.mlp(tokens))
 
-        pixels = self.norm4(self.cross_attn_image_to_token.image_to_tokens(image, tokens + token_pe, tokens))
-        return tokens, ImageTokens(pixels, image.positions)
+        image = self.cross_attn_image_to_token.image_to_tokens(image, places, tokens + token_pe, tokens)
+        return tokens, self.norm4(image)
 
 
 class TwoWayTransformer(nn.Module):
@@ -576,13 +543,13 @@ class TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = DecoderAttention(C, heads, downsample=2)
         self.norm_final_attn = nn.LayerNorm(C)
 
-    def forward(self, image, token_pe):
-        """ImageTokens, (P, T, C) -> tokens (P, T, C), the image's (P, HW, C)."""
+    def forward(self, image, image_pe, token_pe):
+        """(P or 1, HW, C), (1, HW, C), (P, T, C) -> tokens (P, T, C), image (P, HW, C)."""
         tokens = token_pe
         for layer in self.layers:
-            tokens, image = layer(tokens, token_pe, image)
-        attended = self.final_attn_token_to_image.tokens_to_image(tokens + token_pe, image)
-        return self.norm_final_attn(tokens + attended), image.tokens
+            tokens, image = layer(tokens, token_pe, image, image_pe)
+        attended = self.final_attn_token_to_image.tokens_to_image(tokens + token_pe, image + image_pe, image)
+        return self.norm_final_attn(tokens + attended), image
 
 
 class MLP(nn.Module):
@@ -597,11 +564,6 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
-
-
-def masks_of(multimask_output):
-    """Which of the four masks are asked for: the three of an ambiguous prompt, or the one of a clear prompt."""
-    return slice(1, 4) if multimask_output else slice(1)
 
 
 class MaskDecoder(nn.Module):
@@ -628,34 +590,24 @@ class MaskDecoder(nn.Module):
     def forward(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output):
         """Embeddings (1 or P, C, H, W), positions (1, C, H, W), prompts (P, T, C) and (1 or P, C, H, W) -> logits
         (P, M, 4H, 4W) and predicted IoU (P, M): of an ambiguous prompt's three masks, or the one of a clear prompt."""
-        image = self.look_at(image_embeddings + dense_prompt_embeddings, image_pe)
-        return self.predict(image, sparse_prompt_embeddings, masks_of(multimask_output))
+        wanted = slice(1, 4) if multimask_output else slice(1)
+        return self.predict_masks(image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, wanted)
 
-    def predict_masks(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings):
-        """`forward`, but for all four masks: what training from scratch needs."""
-        image = self.look_at(image_embeddings + dense_prompt_embeddings, image_pe)
-        return self.predict(image, sparse_prompt_embeddings, slice(4))
-
-    def look_at(self, image, image_pe):
-        """(P or 1, C, H, W) and (1, C, H, W) -> ImageTokens. What all prompts make of one image is made once."""
-        image = ImageTokens(image.flatten(2).mT.contiguous(), image_pe.flatten(2).mT)
-        if len(image.tokens) == 1:
-            image.projected = self.transformer.layers[0].project(image)
-        return image
-
-    def predict(self, image, sparse, wanted):
-        """The `wanted` ones (a slice) of the four masks, for ImageTokens and prompts (P, T, C)."""
+    def predict_masks(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings,
+                      wanted=slice(4)):
+        """`forward` for any of the four masks; training from scratch needs all."""
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (5, C)
-        output_tokens = output_tokens.expand(len(sparse), -1, -1)
-        tokens = torch.cat([output_tokens, sparse], dim=1)  # (P, 5 + T, C)
-        tokens, pixels = self.transformer(image, tokens)
+        output_tokens = output_tokens.expand(len(sparse_prompt_embeddings), -1, -1)
+        tokens = torch.cat([output_tokens, sparse_prompt_embeddings], dim=1)  # (P, 5 + T, C)
+        image = image_embeddings + dense_prompt_embeddings
+        tokens, pixels = self.transformer(image.flatten(2).mT.contiguous(), image_pe.flatten(2).mT, tokens)
 
+        iou_token, mask_tokens = tokens[:, 0], tokens[:, 1:5]
         kernels = []
         for mask in range(4)[wanted]:
-            mlp = self.output_hypernetworks_mlps[mask]
-            kernels.append(mlp(tokens[:, 1 + mask]))
+            kernels.append(self.output_hypernetworks_mlps[mask](mask_tokens[:, mask]))
         masks = self.upscale(pixels, torch.stack(kernels, dim=1))
-        return masks, self.iou_prediction_head(tokens[:, 0])[:, wanted]
+        return masks, self.iou_prediction_head(iou_token)[:, wanted]
 
     def upscale(self, pixels, kernels):
         """`output_upscaling` of pixels (P, HW, C), multiplied by kernels (P, M, C / 8) -> masks (P, M, 4H, 4W).
@@ -726,21 +678,17 @@ class Sam(nn.Module):
         image_pe = self.prompt_encoder.get_dense_pe()
         most = TOKENS_AT_ONCE.get(self.device.type, 2**20)
         at_once = max(1, most // self.prompt_encoder.size ** 2)
-        shared = masks is None and len(image_embeddings) == 1
-        if shared:
-            image = self.mask_decoder.look_at(image_embeddings + dense[:1], image_pe)
 
         logits, scores = [], []
         for first in range(0, max(1, len(sparse)), at_once):
             these = slice(first, first + at_once)
-            if not shared:
-                embeddings = image_embeddings
-                if image_index is not None:
-                    embeddings = embeddings[image_index[these]]
-                elif len(embeddings) > 1:
-                    embeddings = embeddings[these]
-                image = self.mask_decoder.look_at(embeddings + dense[these], image_pe)
-            output = self.mask_decoder.predict(image, sparse[these], masks_of(multimask_output))
+            image = image_embeddings  # of one image for all prompts, or of one for each
+            if image_index is not None:
+                image = image[image_index[these]]
+            elif len(image) > 1:
+                image = image[these]
+            some_dense = dense[:1] if masks is None else dense[these]  # without masks it is the same for all prompts
+            output = self.mask_decoder(image, image_pe, sparse[these], some_dense, multimask_output)
             logits.append(output[0])
             scores.append(output[1])
         return torch.cat(logits), torch.cat(scores)
