@@ -19,7 +19,8 @@ Where the code differs from the official one, the numbers don't (README, "Exactn
 plain one it equals, and a test compares the two:
 
     Attention              multiplies by `qkv` and `proj` before windows are padded, and never holds all scores
-    attention_for_*        the relative positions' bias, where PyTorch has a faster way to add it
+    RecomputedAttention    `attention` in training, of which nothing of n x n is kept
+    attention_for_gpus     `attention` by PyTorch's fused kernels
     DecoderAttention       tokens, not the image, pass through the projections
     MaskDecoder.upscale    transposed convolutions as linear layers
     linear                 float32 matrix products on a CPU by oneDNN
@@ -286,11 +287,11 @@ class Attention(nn.Module):
 
     def in_pieces(self, q, k, v):  # (U, S, S, c) three times -> (U, S * S, c)
         """Some heads of windows at a time, and where a single one has too many scores, some of its queries."""
-        S, attend = q.shape[1], attention_for_gpus
-        if q.device.type == "cpu":
-            attend = attention
-            if torch.is_grad_enabled() and not transformed():
-                attend = RecomputedAttention.apply
+        S, attend = q.shape[1], attention
+        if q.device.type != "cpu":
+            attend = attention_for_gpus
+        elif torch.is_grad_enabled() and not transformed():
+            attend = RecomputedAttention.apply
 
         most = SCORES_AT_ONCE.get(q.device.type, 2**22)
         queries = min(S * S, max(1, most // S**2))
@@ -307,8 +308,8 @@ class Attention(nn.Module):
             v = v.flatten(1, 2)
             attended = []
             for some in zip(q.split(queries, 1), bias_h.split(queries, 1), bias_w.split(queries, 1)):
-                some_q, some_h, some_w = some
-                attended.append(attend(some_q, k, v, some_h, some_w))
+                some_q, *biases = some
+                attended.append(attend(some_q, k, v, *biases))
             pieces.append(join(attended, 1))
         return join(pieces)
 
@@ -590,12 +591,13 @@ class MaskDecoder(nn.Module):
     def forward(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output):
         """Embeddings (1 or P, C, H, W), positions (1, C, H, W), prompts (P, T, C) and (1 or P, C, H, W) -> logits
         (P, M, 4H, 4W) and predicted IoU (P, M): of an ambiguous prompt's three masks, or the one of a clear prompt."""
+        masks, scores = self.predict_masks(image_embeddings, image_pe, sparse_prompt_embeddings,
+                                           dense_prompt_embeddings)
         wanted = slice(1, 4) if multimask_output else slice(1)
-        return self.predict_masks(image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, wanted)
+        return masks[:, wanted], scores[:, wanted]
 
-    def predict_masks(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings,
-                      wanted=slice(4)):
-        """`forward` for any of the four masks; training from scratch needs all."""
+    def predict_masks(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings):
+        """All four masks, as training from scratch needs them: (P, 4, 4H, 4W), and their predicted IoU (P, 4)."""
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (5, C)
         output_tokens = output_tokens.expand(len(sparse_prompt_embeddings), -1, -1)
         tokens = torch.cat([output_tokens, sparse_prompt_embeddings], dim=1)  # (P, 5 + T, C)
@@ -603,11 +605,9 @@ class MaskDecoder(nn.Module):
         tokens, pixels = self.transformer(image.flatten(2).mT.contiguous(), image_pe.flatten(2).mT, tokens)
 
         iou_token, mask_tokens = tokens[:, 0], tokens[:, 1:5]
-        kernels = []
-        for mask in range(4)[wanted]:
-            kernels.append(self.output_hypernetworks_mlps[mask](mask_tokens[:, mask]))
+        kernels = [mlp(mask_tokens[:, k]) for k, mlp in enumerate(self.output_hypernetworks_mlps)]
         masks = self.upscale(pixels, torch.stack(kernels, dim=1))
-        return masks, self.iou_prediction_head(iou_token)[:, wanted]
+        return masks, self.iou_prediction_head(iou_token)
 
     def upscale(self, pixels, kernels):
         """`output_upscaling` of pixels (P, HW, C), multiplied by kernels (P, M, C / 8) -> masks (P, M, 4H, 4W).
@@ -978,9 +978,8 @@ class SamPredictor:
         point_coords (P, K, 2), point_labels (P, K), boxes (P, 4), mask_input (P, 1, 4H, 4W); any may be None.
         Returns masks (P, M, height, width), scores (P, M), low_res_logits (P, M, 4H, 4W).
         """
-        features = self.get_image_embedding()
         points = None if point_coords is None else (point_coords, point_labels)
-        low_res, scores = self.model.decode(features, points, boxes, mask_input, multimask_output)
+        low_res, scores = self.model.decode(self.get_image_embedding(), points, boxes, mask_input, multimask_output)
 
         masks = []
         for part in low_res.split(MASKS_AT_ONCE.get(self.device.type, 32)):
