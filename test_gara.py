@@ -382,24 +382,18 @@ def attention_layer(window, device="cpu"):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("most", [2 * 7 ** 4, 100, 1])
-def test_attention_in_pieces_equals_one_piece(monkeypatch, most, window, device):
+def test_attention_in_pieces_equals_the_plain_form(monkeypatch, most, window, device):
     """Some heads of windows at a time, some queries of one, a single query. The last windows reach beyond the image;
     the positions' tables have gradients as well."""
     layer, x = attention_layer(window, device)
-    monkeypatch.setitem(sam.SCORES_AT_ONCE, device, 10**9)
-    whole = layer(x)
     monkeypatch.setitem(sam.SCORES_AT_ONCE, device, most)
     pieces = layer(x)
+    monkeypatch.setitem(sam.SCORES_AT_ONCE, device, 10**9)
+    monkeypatch.setattr(sam.RecomputedAttention, "apply", sam.attention)
+    whole = layer(x)
     same_with_gradients(pieces, whole, (x, *layer.parameters()))
     with torch.no_grad():
         assert close(layer(x), whole, 1e-12)
-
-@pytest.mark.parametrize("window", [0, 4])
-def test_attention_in_training_is_that_of_the_plain_form(monkeypatch, window):
-    layer, x = attention_layer(window)
-    recomputed = layer(x)
-    monkeypatch.setattr(sam.RecomputedAttention, "apply", sam.attention)
-    same_with_gradients(recomputed, layer(x), (x, *layer.parameters()))
 
 def test_attention_under_transforms():
     """torch.func and forward-mode differentiation see the plain form."""
@@ -511,13 +505,9 @@ def test_batched_forward_equals_predictor():
         predictor.set_image(image)
         arguments = [prompt.get(key) for key in ("point_coords", "point_labels", "boxes", "mask_inputs")]
         masks, scores, low_res = predictor.predict_torch(*arguments)
-        assert masks.shape == (len(scores), 3, *image.shape[:2])
-        assert output["masks"].shape == masks.shape
-        assert output["masks"].dtype == torch.bool
         assert close(output["low_res_logits"], low_res)
         assert close(output["iou_predictions"], scores)
         assert (output["masks"] == masks).float().mean() > 0.999
-        assert 0 < masks.float().mean() < 1
 
 @pytest.mark.parametrize("height, width", [
     (128, 128),
@@ -534,14 +524,11 @@ def test_predictor_takes_any_size(height, width, count):
     masks, scores, low_res = predictor.predict(**arguments)
     assert masks.dtype == bool
     assert masks.shape == (count, height, width)
-    assert scores.dtype == np.float32
     assert scores.shape == (count,)
-    assert low_res.dtype == np.float32
     assert low_res.shape == (count, 64, 64)
     assert np.isfinite(low_res).all()
-    again, _, refined = predictor.predict(**arguments, mask_input=low_res[:1], return_logits=True)  # goes in again
-    assert again.dtype == np.float32
-    assert again.shape == masks.shape
+    logits, _, refined = predictor.predict(**arguments, mask_input=low_res[:1], return_logits=True)  # goes in again
+    assert logits.shape == masks.shape
     assert not close(refined, low_res, 1e-3)  # and matters
 
 @pytest.mark.parametrize("size", [(128, 128), (96, 120)])
@@ -662,12 +649,13 @@ def test_positions_are_interpolated_to_another_image_size(small):
 def test_prediction_at_another_image_size(small):
     predictor = sam.SamPredictor(small[1])
     predictor.set_image(scene())
-    masks, _, low_res = predictor.predict(np.array([[50, 60]]), [1])
+    masks, _, _ = predictor.predict(np.array([[50, 60]]), [1])
     assert masks.shape == (3, 120, 160)
-    assert low_res.shape == (3, 32, 32)
-    for size in (60, 8, 8192):
-        with refused("image size", str(size)):
-            sam.build_sam("vit_t", image_size=size)
+
+@pytest.mark.parametrize("size", [60, 8, 8192])
+def test_image_sizes_that_are_refused(size):
+    with refused("image size", str(size)):
+        sam.build_sam("vit_t", image_size=size)
 
 @pytest.fixture(params=[1, 3], ids=["one image", "an image each"])
 def crossing(request):
