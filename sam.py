@@ -20,16 +20,15 @@ Where the code differs from the official one, the numbers don't (README, "Exactn
 plain one it equals, and a test compares the two:
 
     Attention              multiplies by `qkv` and `proj` before windows are padded, and never holds all scores
-    attention_for_*        the relative positions' bias, where PyTorch has a faster way to add it
+    RecomputedAttention    `attention` in training, of which nothing of n x n is kept
+    attention_for_gpus     `attention` by PyTorch's fused kernels
     DecoderAttention       tokens, not the image, pass through the projections
-    ImageTokens            what all prompts make of one image is computed once
     MaskDecoder.upscale    transposed convolutions as linear layers
     linear                 float32 matrix products on a CPU by oneDNN
 """
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import glob
 import http.client
@@ -52,7 +51,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.autograd.function import once_differentiable
 
 # Sizes of each model. `global_layers` attend over the whole image, the others within windows; images are scaled and
 # padded to a square of side `image_size`; `C` is the width of prompt tokens and mask decoder, `mlp` its hidden width.
@@ -78,9 +77,8 @@ URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 # (what fits its caches); on a GPU, where nothing was measured yet, it is what a few GB hold.
 ENCODED_AT_ONCE = {"cpu": 2**10}                # image tokens in the encoder's feed-forward layers, over all images
 SCORES_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}  # attention scores in the encoder: queries x keys, over all heads
-TOKENS_AT_ONCE = {"cpu": 2**12, "cuda": 2**20}  # image tokens in the mask decoder, over all prompts
+TOKENS_AT_ONCE = {"cpu": 2**13, "cuda": 2**20}  # image tokens in the mask decoder, over all prompts
 MASKS_AT_ONCE = {"cpu": 1, "cuda": 32}          # prompts whose masks are at the image's own size, in SamPredictor
-SCORES_KEPT = 2**20                             # of a head, for the backward pass; more are computed again
 
 
 class CheckpointError(ValueError):
@@ -186,30 +184,56 @@ def attention(q, k, v, bias_h, bias_w):
     """softmax(q k^T / sqrt(c) + bias) v, where the bias of a query for key (y, x) is bias_h[..., y] + bias_w[..., x].
 
     For U heads of windows of S x S keys, and Q queries: q (U, Q, c), k and v (U, S * S, c), bias_h and bias_w (U, Q, S)
-    -> (U, Q, c). Not for gradients: the scores are overwritten by their softmax.
+    -> (U, Q, c).
     """
+    shares = attention_shares(q, k, bias_h, bias_w)
+    return products(shares.to(v.dtype), v.mT)
+
+
+def attention_shares(q, k, bias_h, bias_w):
+    """The softmax alone: (U, Q, S * S), in float32 at least."""
     S = bias_h.shape[-1]
-    scores = products(q * q.shape[-1] ** -0.5, k)  # (U, Q, S * S)
+    scores = products(q * q.shape[-1] ** -0.5, k)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    by_row_and_column = scores.unflatten(-1, (S, S))
-    by_row_and_column.add_(bias_h[..., :, None])
-    by_row_and_column.add_(bias_w[..., None, :])
-    torch.softmax(scores, -1, out=scores)
-    return products(scores.to(v.dtype), v.mT)
+    scores = scores.unflatten(-1, (S, S))
+    scores += bias_h[..., :, None]
+    scores += bias_w[..., None, :]
+    return scores.flatten(-2).softmax(-1)
 
 
-def attention_for_training(q, k, v, bias_h, bias_w):
-    """`attention` with the bias as part of the product: q longer by bias_h and bias_w, k by one-hot codes of its row
-    and column. In bfloat16 on a CPU 1.8 times as fast as autograd through the sum."""
-    S = bias_h.shape[-1]
-    eye = torch.eye(S, dtype=k.dtype, device=k.device)
-    rows, columns = eye.repeat_interleave(S, 0), eye.repeat(S, 1)
-    codes = torch.cat([rows, columns], dim=1)  # (S * S, 2S)
-    codes = codes.expand(len(k), -1, -1)
-    q = q * q.shape[-1] ** -0.5
-    q = torch.cat([q, bias_h, bias_w], dim=-1)  # (U, Q, c + 2S)
-    k = torch.cat([k, codes], dim=-1)  # (U, S * S, c + 2S)
-    return (q @ k.mT).softmax(-1).to(v.dtype) @ v
+class RecomputedAttention(torch.autograd.Function):
+    """`attention` that keeps its arguments alone for the backward pass, and makes the shares P = softmax(S) again.
+
+    With dX for the loss's gradient of X, and sums over keys:
+
+        out = P v                      dP = dout v^T    dv = P^T dout
+        P = softmax(S)                 dS = P * (dP - sum of P * dP)
+        S = q k^T / sqrt(c) + bias     dq = dS k / sqrt(c)    dk = dS^T q / sqrt(c)
+                                       dbias_h, dbias_w: sums of dS over a row of keys, over a column
+    """
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        ctx.save_for_backward(*arguments)
+        return attention(*arguments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):  # (U, Q, c)
+        q, k, v, bias_h, bias_w = ctx.saved_tensors
+        P = attention_shares(q, k, bias_h, bias_w)  # (U, Q, S * S)
+        dv = products(dout.mT, P.to(v.dtype).mT).mT
+        dS = P * products(dout, v)
+        dS.addcmul_(P, dS.sum(-1, keepdim=True), value=-1)
+
+        by_row_and_column = dS.unflatten(-1, bias_h.shape[-1:] * 2)
+        dbias_h = by_row_and_column.sum(-1).to(bias_h.dtype)
+        dbias_w = by_row_and_column.sum(-2).to(bias_w.dtype)
+        dS = dS.to(q.dtype)
+        scale = q.shape[-1] ** -0.5
+        dq = products(dS, k.mT) * scale
+        dk = products(q.mT * scale, dS.mT).mT
+        return dq, dk, dv, dbias_h, dbias_w
 
 
 def attention_for_gpus(q, k, v, bias_h, bias_w):
@@ -264,16 +288,15 @@ class Attention(nn.Module):
         x = x.view(N, ny, nx, self.heads, S, S, -1)
         x = x.permute(0, 1, 4, 2, 5, 3, 6)  # (N, ny, S, nx, S, heads, c)
         x = x.reshape(N, ny * S, nx * S, d)
-        return self.proj(x[:, :H, :W])
+        return self.proj(x[:, :H, :W].contiguous())
 
     def in_pieces(self, q, k, v):  # (U, S, S, c) three times -> (U, S * S, c)
         """Some heads of windows at a time, and where a single one has too many scores, some of its queries."""
-        S, grad = q.shape[1], torch.is_grad_enabled()
-        attend = attention_for_gpus
-        if q.device.type == "cpu":
-            attend = attention_for_training if grad else attention
-        if grad and S ** 4 > SCORES_KEPT:
-            attend = functools.partial(recompute, attend, use_reentrant=False)
+        S, attend = q.shape[1], attention
+        if q.device.type != "cpu":
+            attend = attention_for_gpus
+        elif torch.is_grad_enabled() and not transformed():
+            attend = RecomputedAttention.apply
 
         most = SCORES_AT_ONCE.get(q.device.type, 2**22)
         queries = min(S * S, max(1, most // S**2))
@@ -289,9 +312,9 @@ class Attention(nn.Module):
             k = k.flatten(1, 2)
             v = v.flatten(1, 2)
             attended = []
-            for first in range(0, S * S, queries):
-                these = slice(first, first + queries)
-                attended.append(attend(q[:, these], k, v, bias_h[:, these], bias_w[:, these]))
+            for some in zip(q.split(queries, 1), bias_h.split(queries, 1), bias_w.split(queries, 1)):
+                some_q, *biases = some
+                attended.append(attend(some_q, k, v, *biases))
             pieces.append(join(attended, 1))
         return join(pieces)
 
@@ -348,11 +371,11 @@ class PositionEmbeddingRandom(nn.Module):
         super().__init__()
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, features))
 
-    def forward(self, xy):  # (..., 2) in [0, 1] -> (..., 2 * features)
+    def forward(self, xy):  # (..., 2) in [0, 1], float32 -> (..., 2 * features) in the model's dtype
+        matrix = self.positional_encoding_gaussian_matrix
         with torch.autocast(xy.device.type, enabled=False):  # bfloat16 would blur positions to a few pixels
-            matrix = self.positional_encoding_gaussian_matrix.to(xy.dtype)
-            angle = 2 * torch.pi * ((2 * xy - 1) @ matrix)
-            return torch.cat([angle.sin(), angle.cos()], dim=-1)
+            angle = 2 * torch.pi * ((2 * xy - 1) @ matrix.to(xy.dtype))
+            return torch.cat([angle.sin(), angle.cos()], dim=-1).to(matrix.dtype)
 
     _pe_encoding = forward  # the official name
 
@@ -420,38 +443,19 @@ class PromptEncoder(nn.Module):
         else:
             sparse = no_mask.new_empty(1 if masks is None else len(masks), 0, self.C)
         if masks is not None:
-            return sparse, self.mask_downscaling(masks)
+            return sparse, self.mask_downscaling(masks.to(no_mask.dtype))
         dense = no_mask.view(1, -1, 1, 1)
         return sparse, dense.expand(len(sparse), -1, self.size, self.size)
 
 
 # ---------------------------------------------------------------- mask decoder
 
-@dataclasses.dataclass
-class ImageTokens:
-    """An image as the mask decoder sees it."""
-
-    tokens: torch.Tensor     # (P or 1, HW, C): its embedding, and what a mask prompt adds
-    positions: torch.Tensor  # (1, HW, C)
-    projected: tuple = None  # what the first layer's `project` makes of them, where it is at hand: see `Sam.prepare`
-
-    @functools.cached_property
-    def places(self):
-        """What other tokens are compared with."""
-        return self.tokens + self.positions
-
-
-def image_tokens(image, image_pe):
-    """(P or 1, C, H, W) and (1, C, H, W) -> ImageTokens."""
-    return ImageTokens(image.flatten(2).mT, image_pe.flatten(2).mT)
-
-
 class DecoderAttention(nn.Module):
     """Multi-head attention whose inner width may be smaller than its outer width.
 
-    Between a few tokens and the whole image, projecting the image is what costs. But (W t) . (V p) = (V^T W t) . p for
-    a token t and a pixel p: tokens can pass through both projections and the image through none. With 7 tokens and 8
-    heads that is less than half the work, and nothing else is as large as the image.
+    `forward` is the plain form. Between a few tokens and the whole image, projecting the image is what costs. But
+    (W t) . (V p) = (V^T W t) . p for a token t and a pixel p: tokens can pass through both projections and the image
+    through none. With 7 tokens and 8 heads that is less than half the work, and nothing else is as large as the image.
     """
 
     def __init__(self, C, heads, downsample=1):
@@ -463,13 +467,9 @@ class DecoderAttention(nn.Module):
         self.out_proj = nn.Linear(C // downsample, C)
 
     def forward(self, q, k, v):  # (P, Q, C), (P, K, C), (P, K, C) -> (P, Q, C)
-        return self.attend(self.q_proj(q), self.k_proj(k), self.v_proj(v))
-
-    def attend(self, q, k, v):
-        """`forward` after the projections; k and v may be one prompt's for all."""
-        q = self.split(q)
-        k = self.split(k)
-        v = self.split(v)
+        q = self.split(self.q_proj(q))
+        k = self.split(self.k_proj(k))
+        v = self.split(self.v_proj(v))
         scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (P, heads, Q, K)
         out = scores.softmax(-1).to(v.dtype) @ v  # (P, heads, Q, c)
         return self.out_proj(self.merge(out))
@@ -485,40 +485,32 @@ class DecoderAttention(nn.Module):
         weight = projection.weight.unflatten(0, (self.heads, -1))
         return weight, projection.bias.unflatten(0, (self.heads, 1, -1))
 
-    def tokens_to_image(self, q, image):
-        """`forward` for tokens q (P, T, C), keys image.places and values image.tokens -> (P, T, C)."""
-        q = self.q_proj(q)
-        if image.projected:
-            k, v, _ = image.projected
-            return self.attend(q, k, v)
+    def tokens_to_image(self, q, k, v):
+        """`forward` for tokens q (P, T, C) and, as keys and values, an image (P or 1, HW, C) -> (P, T, C)."""
         to_k, _ = self.weights(self.k_proj)  # its bias would move all scores of a token alike
         to_v, bias = self.weights(self.v_proj)
-        q = self.split(q)
+        q = self.split(self.q_proj(q))
         q = (q * q.shape[-1] ** -0.5) @ to_k  # (P, heads, T, C)
-        scores = products(q.flatten(1, 2), image.places)  # (P, heads * T, HW)
-        seen = products(scores.softmax(-1).to(q.dtype), image.tokens.mT)
+        scores = products(q.flatten(1, 2), k)  # (P, heads * T, HW)
+        seen = products(scores.softmax(-1).to(q.dtype), v.mT)
         seen = seen.unflatten(1, (self.heads, -1))  # (P, heads, T, C)
         return self.out_proj(self.merge(seen @ to_v.mT + bias))
 
-    def image_to_tokens(self, image, k, v):
-        """image.tokens + `forward` for queries image.places and tokens k, v (P, T, C) -> (P, HW, C)."""
+    def image_to_tokens(self, image, q, k, v):
+        """image + `forward` for an image's queries q (P or 1, HW, C) and tokens k, v (P, T, C) -> (P, HW, C)."""
         k = self.split(self.k_proj(k))
-        k = k * k.shape[-1] ** -0.5
         v = self.split(self.v_proj(v))
-        if image.projected:
-            q = self.split(image.projected[2])
-            scores = k @ q.mT  # (P, heads, T, HW)
-        else:
-            to_q, bias = self.weights(self.q_proj)
-            scores = products((k @ to_q).flatten(1, 2), image.places)
-            scores = scores.unflatten(1, (self.heads, -1)) + k @ bias.mT
+        k = k * k.shape[-1] ** -0.5
+        to_q, bias = self.weights(self.q_proj)
+        scores = products((k @ to_q).flatten(1, 2), q)
+        scores = scores.unflatten(1, (self.heads, -1)) + k @ bias.mT  # (P, heads, T, HW)
         shares = scores.softmax(2).to(v.dtype)  # over T
         shares = shares.flatten(1, 2).mT  # (P, HW, heads * T)
 
         out = self.out_proj.weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0)  # (heads, c, C)
         v = v @ out  # (P, heads, T, C)
         v = v + self.out_proj.bias / self.heads  # here, not on every pixel: the shares of each head add up to 1
-        return torch.baddbmm(image.tokens, shares, v.flatten(1, 2))  # the sum is no pass of its own over the image
+        return torch.baddbmm(image, shares, v.flatten(1, 2))  # the sum is no pass of its own over the image
 
 
 class TwoWayAttentionBlock(nn.Module):
@@ -536,26 +528,20 @@ class TwoWayAttentionBlock(nn.Module):
         self.norm4 = nn.LayerNorm(C)
         self.cross_attn_image_to_token = DecoderAttention(C, heads, downsample=2)
 
-    def project(self, image):
-        """An image's part in both attentions between it and the tokens: k and v for the tokens, its own q."""
-        k = self.cross_attn_token_to_image.k_proj(image.places)
-        v = self.cross_attn_token_to_image.v_proj(image.tokens)
-        q = self.cross_attn_image_to_token.q_proj(image.places)
-        return k, v, q
-
-    def forward(self, tokens, token_pe, image):
-        """tokens and their positions (P, T, C), image: ImageTokens -> tokens (P, T, C), and the image's, P of them."""
+    def forward(self, tokens, token_pe, image, image_pe):
+        """Tokens (P, T, C) and the image (P or 1, HW, C), each with positions -> tokens and image (P, HW, C) anew."""
+        places = image + image_pe
         q = tokens if self.first else tokens + token_pe
         attended = self.self_attn(q, q, tokens)
         tokens = self.norm1(attended if self.first else tokens + attended)
 
-        attended = self.cross_attn_token_to_image.tokens_to_image(tokens + token_pe, image)
+        attended = self.cross_attn_token_to_image.tokens_to_image(tokens + token_pe, places, image)
         tokens = self.norm2(tokens + attended)
 
         tokens = self.norm3(tokens + self.mlp(tokens))
 
-        pixels = self.norm4(self.cross_attn_image_to_token.image_to_tokens(image, tokens + token_pe, tokens))
-        return tokens, ImageTokens(pixels, image.positions)
+        image = self.cross_attn_image_to_token.image_to_tokens(image, places, tokens + token_pe, tokens)
+        return tokens, self.norm4(image)
 
 
 class TwoWayTransformer(nn.Module):
@@ -569,17 +555,13 @@ class TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = DecoderAttention(C, heads, downsample=2)
         self.norm_final_attn = nn.LayerNorm(C)
 
-    def forward(self, image, token_pe, outputs):
-        """ImageTokens, (P, T, C) -> the first `outputs` tokens (P, outputs, C), the image's (P, HW, C).
-
-        Tokens look at the image each by itself, so at last only those look that are read.
-        """
+    def forward(self, image, image_pe, token_pe):
+        """(P or 1, HW, C), (1, HW, C), (P, T, C) -> tokens (P, T, C), image (P, HW, C)."""
         tokens = token_pe
         for layer in self.layers:
-            tokens, image = layer(tokens, token_pe, image)
-        tokens, token_pe = tokens[:, :outputs], token_pe[:, :outputs]
-        attended = self.final_attn_token_to_image.tokens_to_image(tokens + token_pe, image)
-        return self.norm_final_attn(tokens + attended), image.tokens
+            tokens, image = layer(tokens, token_pe, image, image_pe)
+        attended = self.final_attn_token_to_image.tokens_to_image(tokens + token_pe, image + image_pe, image)
+        return self.norm_final_attn(tokens + attended), image
 
 
 class MLP(nn.Module):
@@ -594,11 +576,6 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
-
-
-def masks_of(multimask_output):
-    """Which of the four masks are asked for: the three of an ambiguous prompt, or the one of a clear prompt."""
-    return slice(1, 4) if multimask_output else slice(1)
 
 
 class MaskDecoder(nn.Module):
@@ -625,29 +602,25 @@ class MaskDecoder(nn.Module):
         self.iou_prediction_head = MLP(C, 256, 256, 4)
 
     def forward(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output):
-        """Embeddings (1 or P, C, H, W), positions (1, C, H, W), prompts (P, T, C) and (P or 1, C, H, W) -> logits
+        """Embeddings (1 or P, C, H, W), positions (1, C, H, W), prompts (P, T, C) and (1 or P, C, H, W) -> logits
         (P, M, 4H, 4W) and predicted IoU (P, M): of an ambiguous prompt's three masks, or the one of a clear prompt."""
-        image = image_tokens(image_embeddings + dense_prompt_embeddings, image_pe)
-        return self.predict(image, sparse_prompt_embeddings, masks_of(multimask_output))
+        masks, scores = self.predict_masks(image_embeddings, image_pe, sparse_prompt_embeddings,
+                                           dense_prompt_embeddings)
+        wanted = slice(1, 4) if multimask_output else slice(1)
+        return masks[:, wanted], scores[:, wanted]
 
     def predict_masks(self, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings):
-        """`forward`, but for all four masks: what training from scratch needs."""
-        image = image_tokens(image_embeddings + dense_prompt_embeddings, image_pe)
-        return self.predict(image, sparse_prompt_embeddings, slice(4))
-
-    def predict(self, image, sparse, wanted):
-        """The `wanted` ones (a slice) of the four masks, for ImageTokens and prompts (P, T, C)."""
+        """All four masks, as training from scratch needs them: (P, 4, 4H, 4W), and their predicted IoU (P, 4)."""
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (5, C)
-        output_tokens = output_tokens.expand(len(sparse), -1, -1)
-        tokens = torch.cat([output_tokens, sparse], dim=1)  # (P, 5 + T, C)
-        tokens, pixels = self.transformer(image, tokens, outputs=1 + wanted.stop)
+        output_tokens = output_tokens.expand(len(sparse_prompt_embeddings), -1, -1)
+        tokens = torch.cat([output_tokens, sparse_prompt_embeddings], dim=1)  # (P, 5 + T, C)
+        image = image_embeddings + dense_prompt_embeddings
+        tokens, pixels = self.transformer(image.flatten(2).mT.contiguous(), image_pe.flatten(2).mT, tokens)
 
-        iou_token, *mask_tokens = tokens.unbind(1)  # (P, C) each
-        kernels = []
-        for mlp, token in zip(self.output_hypernetworks_mlps[wanted], mask_tokens[wanted]):
-            kernels.append(mlp(token))
+        iou_token, mask_tokens = tokens[:, 0], tokens[:, 1:5]
+        kernels = [mlp(mask_tokens[:, k]) for k, mlp in enumerate(self.output_hypernetworks_mlps)]
         masks = self.upscale(pixels, torch.stack(kernels, dim=1))
-        return masks, self.iou_prediction_head(iou_token)[:, wanted]
+        return masks, self.iou_prediction_head(iou_token)
 
     def upscale(self, pixels, kernels):
         """`output_upscaling` of pixels (P, HW, C), multiplied by kernels (P, M, C / 8) -> masks (P, M, 4H, 4W).
@@ -707,53 +680,28 @@ class Sam(nn.Module):
         x = (x - self.pixel_mean) / self.pixel_std
         return F.pad(x, (0, side - x.shape[-1], 0, side - x.shape[-2]))
 
-    def prepare(self, image_embedding):
-        """An image (1, C, H, W) as all prompts see it that are no masks: ImageTokens, the first layer's projections
-        among them. It belongs to the weights of `preparing_weights` as they are now."""
-        with torch.autocast(self.device.type, enabled=False):  # the same, whatever the predictions will run in
-            no_mask = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
-            image_pe = self.prompt_encoder.get_dense_pe()
-            image = image_tokens(image_embedding + no_mask, image_pe)
-            image.projected = self.mask_decoder.transformer.layers[0].project(image)
-            return image
-
-    def preparing_weights(self):
-        """The tensors that `prepare` uses."""
-        layer = self.mask_decoder.transformer.layers[0]
-        modules = (self.prompt_encoder.no_mask_embed, self.prompt_encoder.pe_layer,
-                   layer.cross_attn_token_to_image.k_proj, layer.cross_attn_token_to_image.v_proj,
-                   layer.cross_attn_image_to_token.q_proj)
-        return [tensor for module in modules for tensor in module.state_dict().values()]
-
-    def decode(self, image_embeddings, points=None, boxes=None, masks=None, multimask_output=False, image_index=None,
-               prepared=None):
+    def decode(self, image_embeddings, points=None, boxes=None, masks=None, multimask_output=False, image_index=None):
         """Prompts -> low-resolution logits (P, M, 4H, 4W), predicted IoU (P, M). All that predicts goes through here.
 
         image_embeddings (N, C, H, W); points: (coords (P, K, 2), labels (P, K)), boxes (P, 4), both in pixels of the
-        scaled image; masks (P, 1, 4H, 4W); image_index (P,): the image that each prompt is for, not needed if N is 1;
-        prepared: what `prepare` made of the one image, to save time where no prompt is a mask. M is 3 with
-        multimask_output, else 1.
+        scaled image; masks (P, 1, 4H, 4W); image_index (P,): the image that each prompt is for, not needed if N is 1
+        or P. M is 3 with multimask_output, else 1.
         """
         sparse, dense = self.prompt_encoder(points, boxes, masks)
-        image_pe = self.prompt_encoder.get_dense_pe() if prepared is None else None
+        image_pe = self.prompt_encoder.get_dense_pe()
         most = TOKENS_AT_ONCE.get(self.device.type, 2**20)
         at_once = max(1, most // self.prompt_encoder.size ** 2)
-        if masks is None:
-            dense = dense[:1]  # the same for all prompts: need not be copied
 
         logits, scores = [], []
         for first in range(0, max(1, len(sparse)), at_once):
             these = slice(first, first + at_once)
-            if prepared is not None:
-                output = self.mask_decoder.predict(prepared, sparse[these], masks_of(multimask_output))
-            else:
-                image = image_embeddings  # of one image for all prompts, or of one for each
-                if image_index is not None:
-                    image = image[image_index[these]]
-                elif len(image) > 1:
-                    image = image[these]
-                some_dense = dense if masks is None else dense[these]
-                output = self.mask_decoder(image, image_pe, sparse[these], some_dense, multimask_output)
+            image = image_embeddings  # of one image for all prompts, or of one for each
+            if image_index is not None:
+                image = image[image_index[these]]
+            elif len(image) > 1:
+                image = image[these]
+            some_dense = dense[:1] if masks is None else dense[these]  # without masks it is the same for all prompts
+            output = self.mask_decoder(image, image_pe, sparse[these], some_dense, multimask_output)
             logits.append(output[0])
             scores.append(output[1])
         return torch.cat(logits), torch.cat(scores)
@@ -1080,7 +1028,6 @@ class SamPredictor:
         """Forget the image."""
         self.is_image_set = False
         self.features = self.original_size = self.input_size = None
-        self.prepared = self.prepared_from = None
 
     def set_image(self, image, image_format="RGB"):
         """Encode an image: uint8 HxWx3, channels in the order of image_format (RGB or BGR)."""
@@ -1146,27 +1093,14 @@ class SamPredictor:
         point_coords (P, K, 2), point_labels (P, K), boxes (P, 4), mask_input (P, 1, 4H, 4W); any may be None.
         Returns masks (P, M, height, width), scores (P, M), low_res_logits (P, M, 4H, 4W).
         """
-        features = self.get_image_embedding()
         points = None if point_coords is None else (point_coords, point_labels)
-        prepared = self.prepare() if mask_input is None else None
-        low_res, scores = self.model.decode(features, points, boxes, mask_input, multimask_output, prepared=prepared)
+        low_res, scores = self.model.decode(self.get_image_embedding(), points, boxes, mask_input, multimask_output)
 
         masks = []
         for part in low_res.split(MASKS_AT_ONCE.get(self.device.type, 32)):
             part = self.model.postprocess_masks(part, self.input_size, self.original_size)
             masks.append(part if return_logits else part > self.model.mask_threshold)
         return join(masks), scores, low_res
-
-    def prepare(self):
-        """`Sam.prepare` of the image, kept from one prediction to the next. It is made anew when the embedding is
-        another tensor or was changed in place, and when a weight has other values, however it got them."""
-        version = 0 if self.features.is_inference() else self.features._version
-        weights = self.model.preparing_weights()
-        same = self.prepared and self.features is self.prepared_from[0] and version == self.prepared_from[1]
-        if not (same and all(map(torch.equal, weights, self.prepared_from[2]))):
-            self.prepared_from = self.features, version, [weight.clone() for weight in weights]
-            self.prepared = self.model.prepare(self.features)
-        return self.prepared
 
     def get_image_embedding(self):
         """The image's embedding (1, C, H, W). RuntimeError before set_image."""
