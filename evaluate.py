@@ -55,7 +55,7 @@ DECODED_AT_ONCE = 32  # prompts; their masks at full size are what takes memory
 DRAWS = 2000  # of the bootstrap
 NOISE = 1e-9  # differences of sums that are equal but for rounding
 # What reading raises from a file of scores that is damaged, or of another form.
-DAMAGE = (*data.DAMAGED, *data.FORM, data.DatasetError)
+DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, data.DatasetError)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1015,9 +1015,9 @@ class SamPredictor:
     """Encodes an image once, then predicts masks for prompts. Methods, arguments and returns are the official class's.
     """
 
-    def __init__(self, sam):
-        self.model = sam
-        self.transform = ResizeLongestSide(sam.image_encoder.img_size)
+    def __init__(self, sam_model):
+        self.model = sam_model
+        self.transform = ResizeLongestSide(sam_model.image_encoder.img_size)
         self.reset_image()
 
     @property
@@ -1216,8 +1216,8 @@ class SamAutomaticMaskGenerator:
         for first in range(0, len(points), self.points_per_batch):
             some = coords[first:first + self.points_per_batch, None].to(predictor.device)  # (P, 1, 2)
             prompts = some, torch.ones_like(some[..., 0])
-            low_res, scores = self.model.decode(predictor.features, prompts, multimask_output=True,
-                                                prepared=predictor.prepare())  # (P, 3, 4H, 4W), (P, 3)
+            low_res, scores = self.model.decode(predictor.features, prompts, multimask_output=True)
+            # (P, 3, 4H, 4W), (P, 3)
             good = (scores > self.pred_iou_thresh) | (self.pred_iou_thresh <= 0)
             for k, which in good.nonzero().tolist():  # only these are scaled up, one by one
                 logits = low_res[k, which][None, None]
