@@ -29,6 +29,7 @@ plain one it equals, and a test compares the two:
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import glob
 import http.client
