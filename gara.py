@@ -188,20 +188,24 @@ def merged_gradients(dy, x, weight, A, B, mask, needed):
 def factored_gradients(dy, x, weight, A, B, mask, needed):
     """The same token by token, with mask (N, r) or (N, n, r)."""
     dtype = x.dtype
-    G, o, r = B.shape
     dx = dA = dB = dmask = None
-    m = mask.to(dtype).view(len(x), 1, -1, r)  # (N, 1, 1 or n, r)
-    dy_ = dy.unflatten(2, (G, o)).transpose(1, 2)  # (N, G, n, o)
-    t = dy_ @ B.to(dtype)  # (N, G, n, r)
+    m = mask.to(dtype).view(len(x), -1, A.shape[1])  # (N, 1 or n, r)
     if needed[0]:
-        dx = dy @ weight.to(dtype) + ((t * m) @ A.to(dtype)).sum(1)
+        dx = dy @ weight.to(dtype)
     if needed[1]:
-        u = x[:, None] @ A.to(dtype).mT  # (N, G, n, r)
-        dA = ((t * m).mT @ x[:, None]).sum(0, dtype=A.dtype)
-        dB = (dy_.mT @ (u * m)).sum(0, dtype=B.dtype)
-        dmask = (t.to(mask.dtype) * u.to(mask.dtype)).sum(1)  # (N, n, r)
-        if mask.dim() == 2:
-            dmask = dmask.sum(1)
+        dA, dB, dmask = torch.empty_like(A), torch.empty_like(B), 0
+    for g, d in enumerate(dy.chunk(len(A), -1)):  # (N, n, o)
+        a, b = A[g].to(dtype), B[g].to(dtype)
+        t = d @ b  # (N, n, r)
+        if needed[0]:
+            dx += (t * m) @ a
+        if needed[1]:
+            u = x @ a.mT  # (N, n, r)
+            dA[g] = (t * m).flatten(0, 1).mT @ x.flatten(0, 1)
+            dB[g] = d.flatten(0, 1).mT @ (u * m).flatten(0, 1)
+            dmask = dmask + t.to(mask.dtype) * u.to(mask.dtype)  # (N, n, r)
+    if needed[1] and mask.dim() == 2:
+        dmask = dmask.sum(1)
     return dx, dA, dB, dmask
 
 
