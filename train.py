@@ -53,7 +53,7 @@ from PIL import Image
 
 import data
 import gara
-from assets.curve import draw_training
+from assets.figures import draw_training
 from assets.pretrain import loosen, pretrain_loss, vary
 from sam import (BACKBONES, FILES, CheckpointError, ResizeLongestSide, SamPredictor, build_sam, find_checkpoint,
                  keep_freed_memory, read_weights)
