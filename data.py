@@ -247,6 +247,28 @@ def start_worker(_=None):
     end_with_parent()
 
 
+def end_workers(others):
+    """Ends all workers of this process but `others`, whatever they are doing."""
+    for child in multiprocessing.active_children():
+        if child not in others:
+            child.kill()
+            child.join()
+
+
+def from_workers(loader):
+    """What a DataLoader gives, whose workers begin with `start_worker`. None outlives this generator, however it ends.
+    """
+    others = multiprocessing.active_children()
+    try:
+        items = iter(loader)
+        if loader.num_workers and hasattr(signal, "SIGCHLD"):
+            # A dead worker is noticed when its item is waited for; PyTorch's handler would break in anywhere.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from items
+    finally:
+        end_workers(others)
+
+
 def save_png(image, path):
     """Writes a Pillow image as a PNG: whole, or not at all. DatasetError."""
     file = io.BytesIO()
@@ -1826,9 +1848,7 @@ def _parallel(work, jobs):
         for future in as_completed(futures):
             yield future.result()
     except BaseException as error:
-        for child in multiprocessing.active_children():
-            if child not in others:
-                child.kill()
+        end_workers(others)
         if isinstance(error, BrokenProcessPool):
             raise DatasetError("a worker was killed, perhaps for lack of memory; run the same command again") from None
         raise

@@ -31,7 +31,6 @@ import glob
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import platform
 import signal
@@ -102,8 +101,7 @@ def prepare(conditions, sample):
 
 
 def prepared(dataset, conditions, workers, todo):
-    """What `prepare` makes of each image numbered in `todo`. No worker outlives this generator, however it ends."""
-    before = multiprocessing.active_children()
+    """What `prepare` makes of each image numbered in `todo`."""
     loader = torch.utils.data.DataLoader(
         dataset,
         sampler=todo,
@@ -111,16 +109,7 @@ def prepared(dataset, conditions, workers, todo):
         collate_fn=functools.partial(prepare, conditions),
         num_workers=workers,
         worker_init_fn=data.start_worker)
-    try:
-        items = iter(loader)
-        if workers:  # a dead one is noticed when its image is waited for; PyTorch's handler breaks in anywhere
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        yield from items
-    finally:
-        for worker in multiprocessing.active_children():
-            if worker not in before:
-                worker.kill()
-                worker.join()
+    return data.from_workers(loader)
 
 
 def predictions(model, images, points, boxes, batch_size=4, amp="off"):

@@ -31,7 +31,6 @@ import glob
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import platform
@@ -39,7 +38,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -237,36 +235,18 @@ def batches(examples, first, batch_size, workers):
     this generator. TrainingError for what no sample is to blame for."""
     starts = range(first * batch_size, len(examples), batch_size)
     shares = [range(start + PROCESS_RANK, start + batch_size, WORLD_SIZE) for start in starts]
-    told, tell = multiprocessing.Pipe(duplex=False)  # by which the workers are told to end
     # Its own generator: the loader draws a seed when it starts, and a resumed run must not draw one more than another.
     loader = torch.utils.data.DataLoader(
         examples, batch_sampler=shares, num_workers=workers, collate_fn=list, generator=torch.Generator(),
-        prefetch_factor=4 if workers else None, worker_init_fn=functools.partial(obey_the_main_process, told))
+        prefetch_factor=4 if workers else None, worker_init_fn=data.start_worker)
     try:
-        iterator = iter(loader)
-        if workers:  # a dead one is noticed when its batch is waited for; PyTorch's handler would break into a step
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        yield from iterator
+        yield from data.from_workers(loader)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1]  # above it stands a worker's traceback
         reason = reason.split("TrainingError: ")[-1]
         if "DataLoader worker (pid" in reason:
             reason = "a process that loads data died, perhaps for lack of memory: lower --workers"
         raise TrainingError(reason) from error
-    finally:
-        tell.send(None)
-
-
-def obey_the_main_process(told, _):
-    """In a worker: it ends when the main process says so or is gone, whatever it is doing, and for no other reason.
-    Ctrl-C, and a cluster's SIGTERM, reach every process; the workers must live until the main one has saved."""
-    data.start_worker()
-    threading.Thread(target=end_when_told, args=[told], daemon=True).start()
-
-
-def end_when_told(told):
-    told.poll(None)
-    os._exit(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 """The figures of train.py and evaluate.py, drawn with Pillow alone.
 
 In this file: axes, which every figure is drawn in; the curve of a training run; scores and gates of a results.json; and
-its figures, which follow
-the paper's.
+its figures, which follow the paper's.
 """
 import dataclasses
 import functools
