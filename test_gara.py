@@ -4906,8 +4906,8 @@ LORAS = {f"LoRA {rank}": ("lora", dict(rank=rank)) for rank in (4, 16, 48)}
 def gara_of(temperature):
     return "gara", dict(rank_low=3, rank_high=10, scope="image", temperature=temperature)
 
-def made_up_results(models, conditions=data.CONDITIONS, images=4, layers=2, seed=0, windows=1):
-    """results.json's content from random numbers; ranks 3 and 10, so that gates do not fill their last byte."""
+def made_up_results(models, conditions=data.CONDITIONS, images=4, seed=0):
+    """results.json's content from random numbers, of models of two layers."""
     rng = np.random.default_rng(seed)
     results = dict(format=evaluate.FORMAT, data=["demo/"], split="test", backbone="vit_t", average="masks",
                    conditions=list(conditions), models={}, images=[])
@@ -4915,17 +4915,16 @@ def made_up_results(models, conditions=data.CONDITIONS, images=4, layers=2, seed
         results["models"][name] = dict(file=None, method=method, options=options, learnable_parameters=0)
     for k in range(images):
         masks = 1 + k % 3
-        image = dict(data="demo/", at=k, name=f"{k}", size=[9, 9], indices=list(range(masks)), areas=[9] * masks,
-                     scores={name: {} for name in models}, gates={name: {} for name in figures.gated_models(results)})
+        scores = {name: {} for name in models}
+        gates = {name: {} for name in figures.gated_models(results)}
         for condition in conditions:
-            for scores in image["scores"].values():
-                scores[condition] = {prompt: rng.random((masks, 3)).tolist() for prompt in evaluate.PROMPTS}
-            for gates in image["gates"].values():
-                gates[condition] = []
-                for _ in range(layers):
-                    codes = np.packbits(rng.random((windows, 13)) < 0.5, axis=1)
-                    gates[condition].append([(int(rng.integers(2)), code.tobytes().hex()) for code in codes])
-        results["images"].append(image)
+            for of_model in scores.values():
+                of_model[condition] = {prompt: rng.random((masks, 3)).tolist() for prompt in evaluate.PROMPTS}
+            for of_model in gates.values():
+                codes = np.packbits(rng.random((2, 13)) < 0.5, axis=1)
+                of_model[condition] = [[(int(rng.integers(2)), code.tobytes().hex())] for code in codes]
+        results["images"].append(dict(data="demo/", at=k, name=f"{k}", size=[9, 9], indices=list(range(masks)),
+                                      areas=[9] * masks, scores=scores, gates=gates))
     return evaluate.add_summaries(results)
 
 # Scores, means and intervals.
@@ -4953,9 +4952,8 @@ def test_means_are_over_masks_or_over_images():
         first[condition] = dict(point=3 * [[0.1 * k, 0.5, 0]], box=3 * [[0, 1, 0]])
         second[condition] = dict(point=[[1, 0.7, 1]], box=[[1, 0.2, 1]])
     images = [dict(indices=[1, 2, 3], scores=dict(A=first)), dict(indices=[1], scores=dict(A=second))]
-    of_masks, of_images = (
-        evaluate.summarize(images, ["A"], data.CONDITIONS, average)["means"]["A"] for average in ("masks", "images"))
-    assert of_masks["point clear"] == pytest.approx([0.25, 0.55, 0.25])
+    of_masks = evaluate.summarize(images, ["A"], data.CONDITIONS, "masks")["means"]["A"]
+    of_images = evaluate.summarize(images, ["A"], data.CONDITIONS, "images")["means"]["A"]
     assert of_masks["box fog"] == pytest.approx([0.25, 0.8, 0.25])
     assert of_masks["point degraded"] == pytest.approx([0.25 + 0.075 * 8, 0.55, 0.25])  # mean of conditions 1 to 15
     assert of_images["point snow"] == pytest.approx([0.55, 0.6, 0.5])
@@ -4964,22 +4962,20 @@ def test_intervals_are_those_of_the_normal_distribution_when_images_are_many():
     """The ratio of sums, by the delta method: its variance is that of (score sum - mean x masks) / mean masks."""
     found = made_up_results(dict.fromkeys("AB", ("sam", {})), ("clear", "fog", "fog@2"), images=400)
     masks = np.array([len(image["indices"]) for image in found["images"]])
-
-    def residuals(model):
+    means, residuals = {}, {}
+    for model in "AB":
         sums = [np.sum(image["scores"][model]["fog@2"]["box"], axis=0)[2] for image in found["images"]]
-        mean = np.sum(sums) / masks.sum()
-        return mean, (sums - mean * masks) / masks.mean()
-
-    (a, first), (b, second) = map(residuals, "AB")
+        means[model] = np.sum(sums) / masks.sum()
+        residuals[model] = (sums - means[model] * masks) / masks.mean()
     low, high = found["intervals"]["A"]["box fog@2"][2]
-    assert high - low == pytest.approx(2 * 1.96 * first.std() / 20, rel=0.1)
-    assert (low + high) / 2 == pytest.approx(a, abs=0.005)
+    assert high - low == pytest.approx(2 * 1.96 * residuals["A"].std() / 20, rel=0.1)
+    assert (low + high) / 2 == pytest.approx(means["A"], abs=0.005)
     mean, low, high = evaluate.difference(found, "B", "A", "box fog@2", 2)
-    assert mean == pytest.approx(b - a)
-    assert high - low == pytest.approx(2 * 1.96 * (second - first).std() / 20, rel=0.1)
+    assert mean == pytest.approx(means["B"] - means["A"])
+    assert high - low == pytest.approx(2 * 1.96 * (residuals["B"] - residuals["A"]).std() / 20, rel=0.1)
     assert evaluate.difference(found, "A", "B", "box fog@2", 2) == (-mean, -high, -low)
-    means = found["means"]["A"]
-    assert means["point degraded"] == pytest.approx(means["point fog"])  # of the benchmark's own strength alone
+    of_a = found["means"]["A"]
+    assert of_a["point degraded"] == pytest.approx(of_a["point fog"])  # of the benchmark's own strength alone
     assert found["intervals"] == evaluate.add_summaries(dict(found))["intervals"]  # the same draws each time
 
 def test_paired_differences_know_less_noise_and_one_image_knows_nothing():
@@ -5002,48 +4998,36 @@ def test_paired_differences_know_less_noise_and_one_image_knows_nothing():
 
 # Gates in results.json.
 
-def test_gates_are_unpacked_as_they_were_packed():
-    results = made_up_results({"GaRA": gara_of(0.5)}, images=5, layers=3, windows=4)
-    layers = figures.unpack_gates(results, "GaRA", "fog")
-    counts = figures.open_components(results, "GaRA")
-    assert counts.shape == (16, 5, 3)
-    for image, layer in itertools.product(range(5), range(3)):
-        vectors, spaces = layers[layer]
-        opened = []
-        for window, (space, code) in enumerate(results["images"][image]["gates"]["GaRA"]["fog"][layer]):
-            bits = "".join(f"{int(digit, 16):04b}" for digit in code)
-            opened.append(bits.count("1"))
-            assert spaces[image, window] == space
-            assert "".join(map(str, vectors[image, window].astype(int))) == bits[:13]
-        assert counts[data.CONDITIONS.index("fog"), image, layer] == np.mean(opened)
-    assert f"| GaRA | {counts.mean():.1f} ± {counts.std():.1f} |" in evaluate.open_components_table(results)
-
 @pytest.mark.parametrize("scope", ("image", "window"))
-def test_gates_are_recorded_as_they_decided(demo, scope):
+def test_gates_are_recorded_and_unpacked_as_they_decided(demo, scope):
     sample = data.load_dataset(demo / "demo", "test")[0]
     model = tiny("gara", scope=scope)
     prediction = next(evaluate.predictions(model, [sample.image()], *sample.prompts()))
-    assert (len(prediction["gates"][0]) > 1) == (scope == "window")
-    for packed, layer in zip(prediction["gates"], gara.gates(model), strict=True):
-        vectors = layer["vector"].reshape(len(packed), -1).numpy()
-        spaces = layer["space"].flatten().tolist()
-        for decision, space, vector in zip(packed, spaces, vectors, strict=True):
-            assert decision == (space, np.packbits(vector).tobytes().hex())
+    image = dict(gates=dict(GaRA=dict(clear=prediction["gates"])))
+    results = dict(models=dict(GaRA=model.adapter), images=[image], conditions=["clear"])
+    layers = figures.unpack_gates(json.loads(json.dumps(results)), "GaRA", "clear")
+    counts = figures.open_components(results, "GaRA")
+    for layer, gate in enumerate(gara.gates(model)):
+        vectors, spaces = layers[layer]
+        assert np.array_equal(vectors, gate["vector"].reshape(1, -1, 52))
+        assert spaces.ravel().tolist() == gate["space"].flatten().tolist()
+        assert counts[0, 0, layer] == pytest.approx(gate["count"].float().mean().item())
+    assert (layers[0][1].size > 1) == (scope == "window")
+    assert f"| GaRA | {counts.mean():.1f} ± {counts.std():.1f} |" in evaluate.open_components_table(results)
 
 def test_f_against_its_definition():
-    counts = np.random.default_rng(0).integers(0, 20, (4, 6, 3)) + np.arange(4)[:, None, None]
-    counts[:, :, 2] = np.arange(4)[:, None]  # nothing but the condition
-    f = figures.f_statistic(counts)
-    for layer in range(2):
-        values = counts[:, :, layer].tolist()
-        grand = sum(map(sum, values)) / 24
-        between = sum(6 * (sum(group) / 6 - grand) ** 2 for group in values) / 3
-        within = 0
-        for group in values:
-            within += sum((value - sum(group) / 6) ** 2 for value in group) / 20
-        assert f[layer] == pytest.approx(between / within)
-    assert f[2] == np.inf
-    assert figures.f_statistic(np.full((4, 6, 1), 7.0)).tolist() == [0]
+    counts = np.random.default_rng(0).integers(0, 20, (4, 6, 1)) + np.arange(4)[:, None, None]
+    values = counts[:, :, 0].tolist()
+    grand = sum(map(sum, values)) / 24
+    between, within = 0, 0
+    for group in values:
+        mean = sum(group) / 6
+        between += 6 * (mean - grand) ** 2 / 3
+        within += sum((value - mean) ** 2 for value in group) / 20
+    assert figures.f_statistic(counts) == pytest.approx(between / within)
+    only_the_condition = np.arange(4)[:, None, None] * np.ones((4, 6, 1))
+    assert figures.f_statistic(only_the_condition) == np.inf
+    assert figures.f_statistic(np.full((4, 6, 1), 7.0)) == 0
 
 def test_p_is_least_with_a_dependence_and_uniform_without_one():
     rng = np.random.default_rng(0)
@@ -5059,27 +5043,11 @@ def test_p_is_least_with_a_dependence_and_uniform_without_one():
 
 # Measuring.
 
-def test_scores_do_not_depend_on_how_they_are_computed(demo):
-    dataset = data.load_dataset(demo / "demo", "test")
-
-    def scores(samples=dataset.samples, **options):
-        part = data.Dataset(dataset.root, "test", dataset.kind, samples)
-        images = evaluate.evaluate({"SAM": tiny()}, part, ("clear", "ISO_noise"), **options)
-        return {image["name"]: figures.scores_of(image, "SAM", ("clear", "ISO_noise")) for image in images}
-
-    usual, backwards, one_by_one = scores(), scores(dataset.samples[::-1], workers=1), scores(batch_size=1)
-    [(second, alone)] = scores(todo=[1]).items()
-    assert np.array_equal(alone, usual[second])
-    assert list(backwards) == list(usual)[::-1]
-    for name, expected in usual.items():
-        assert 0 < expected.mean() < 1
-        assert np.array_equal(backwards[name], expected)
-        assert np.allclose(one_by_one[name], expected, atol=5e-3)  # float sums may turn over a pixel on the outline
-
 def test_evaluator_and_predictor_give_the_same_masks(demo, monkeypatch):
     monkeypatch.setattr(evaluate, "DECODED_AT_ONCE", 5)  # prompts of several conditions in one call, and torn apart
     sample, model = data.load_dataset(demo / "demo", "test")[0], tiny("gara")
-    masks, images = sample.masks(), [sample.image(condition) for condition in ("clear", "ISO_noise", "night")]
+    masks = sample.masks()
+    images = [sample.image(condition) for condition in ("clear", "ISO_noise", "night")]
     points, boxes = sample.prompts(masks)
     predictor = sam.SamPredictor(model)
     predicted = list(evaluate.predictions(model, images, points, boxes, 2, "off"))
@@ -5093,21 +5061,19 @@ def test_evaluator_and_predictor_give_the_same_masks(demo, monkeypatch):
             assert (prediction["box"][k].numpy() == by_box[0]).mean() > 0.999
     assert (predicted[0]["box"] != predicted[1]["box"]).any()  # conditions do differ
 
-def test_adapters_share_the_frozen_weights(demo, tmp_path):
-    trained = {"GaRA": tiny("gara"), "LoRA 4": tiny("lora")}
-    files = []
-    for name, model in trained.items():
-        files += [str(tmp_path / name), "sam"]
-        gara.save_adapter(model, files[-2])
+def test_adapters_share_the_frozen_weights_and_whole_models_have_their_own(demo, tmp_path):
+    adapted, changed = tiny("gara").eval(), tiny()
+    gara.save_adapter(adapted, tmp_path / "gara.pt")
+    changed.image_encoder.blocks[0].attn.qkv.bias.data += 0.5
+    torch.save(changed.state_dict(), tmp_path / "full.pt")
+    files = [str(path) for path in (tmp_path / "full.pt", tmp_path / "gara.pt", "sam")]
     models, about, _ = evaluate.load_models(files, None, str(demo / "w.pth"), torch.device("cpu"))
-    assert list(models) == list(about) == ["SAM", "GaRA", "LoRA 4"]
-    plain, x = models["SAM"].state_dict(), pictures(0, 1)
-    for name in trained:
-        state = models[name].state_dict()
-        assert all(state[key].data_ptr() == value.data_ptr() for key, value in plain.items())
-        assert torch.equal(encode(models[name], x), encode(trained[name], x))
-        assert not models[name].training
-    assert torch.equal(encode(models["SAM"], x), encode(tiny(), x))
+    assert list(about) == ["SAM", "GaRA", f"SAM ({tmp_path / 'full.pt'})"]
+    state, x = models["GaRA"].state_dict(), pictures(0, 1)
+    for key, value in models["SAM"].state_dict().items():
+        assert state[key].data_ptr() == value.data_ptr()
+    for found, expected in zip(models.values(), (tiny(), adapted, changed), strict=True):
+        assert torch.equal(encode(found, x), encode(expected, x))
 
 # The command line.
 
@@ -5124,17 +5090,17 @@ def files_in(folder):
 
 @pytest.fixture(scope="module")
 def evaluated(demo, finished):
-    """(folder, results.json, printed text) of an evaluation of SAM and GaRA in all conditions."""
+    """The folder, results.json and printed text of an evaluation of SAM and GaRA in all conditions."""
     with contextlib.redirect_stdout(io.StringIO()) as text:
         assert run_evaluate(demo, demo / "evaluated", "--ckpt", finished[0] / "last.pt") == 0
     return demo / "evaluated", stored(demo / "evaluated"), text.getvalue()
 
-def test_evaluation_records_scores(demo, evaluated):
+def test_an_evaluation_writes_its_scores(evaluated):
     folder, results, _ = evaluated
     assert files_in(folder) == ["corruptions.png", "dependence_GaRA.png", "gates_GaRA.png", "open_GaRA.png",
                                 "results.csv", "results.json", "samples.png"]
     assert tuple(results["conditions"]) == data.CONDITIONS
-    for image, sample in zip(results["images"], data.load_dataset(demo / "demo", "test"), strict=True):
+    for image, sample in zip(results["images"], data.load_dataset(*results["data"], "test"), strict=True):
         assert image["name"] == sample.name
         assert image["areas"] == sample.masks().sum((1, 2)).tolist()
         assert tuple(image["indices"]) == sample.indices
@@ -5156,22 +5122,6 @@ def test_tables_and_the_csv_hold_the_means(evaluated):
         expected = results["means"][model][f"{prompt} {condition}"][evaluate.METRICS.index(metric)]
         assert float(mean) == pytest.approx(expected, abs=1e-6)
         assert float(low) <= float(mean) <= float(high)
-
-def test_whole_models_beside_adapters_in_chosen_conditions(demo, finished, tmp_path):
-    changed = torch.load(demo / "w.pth", weights_only=True)
-    changed["image_encoder.blocks.0.attn.qkv.bias"] += 0.5
-    torch.save(changed, tmp_path / "full.pt")
-    files = tmp_path / "full.pt", demo / "w.pth", finished[0] / "gara.pt"
-    asked = "--conditions", "underwater", "clear", "--strengths", 0.5, "--limit", 2
-    assert run_evaluate(demo, tmp_path, "--ckpt", *files, *asked) == 0
-    results = stored(tmp_path)
-    assert results["conditions"] == ["underwater", "clear", "underwater@0.5"]
-    assert len(results["images"]) == 2
-    plain, _, full, same_plain = results["models"]
-    means = results["means"]
-    assert means[plain] == means[same_plain]
-    assert means[plain] != means[full]
-    assert means[plain]["point degraded"] == means[plain]["point underwater"]
 
 # What one bad image, or one bad process, may not do.
 
@@ -5228,18 +5178,18 @@ def hold(folder, held):
 
 def test_only_one_program_writes_into_a_folder(copied_test, capsys):
     folder, _ = copied_test
-    (folder / "good.json").write_text(json.dumps(made_up_results(SAM_ONLY, ("clear",))))
+    (folder / "good.json").write_text(stored_text())
     held = FORKED.Event()
     other = FORKED.Process(target=hold, args=("out", held))
     other.start()
     assert held.wait(30)
-    assert run_cli(evaluate.main, "--from", "good.json", "--out", "out") == 2
-    assert one_error(capsys, "out: another program")
     assert run_evaluate(folder, "out", "--no-corrupt") == 2
+    assert one_error(capsys, "out: another program")
+    assert run_cli(evaluate.main, "--from", "good.json", "--out", "out") == 2
     assert one_error(capsys, "out: another program")
     other.kill()
     other.join()
-    assert run_cli(evaluate.main, "--from", "good.json", "--out", "out") == 0
+    assert run_evaluate(folder, "out", "--no-corrupt") == 0
 
 PREDICTORS = """
 import data, numpy as np
@@ -5285,16 +5235,16 @@ def mistakes(demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
-@pytest.mark.parametrize("arguments, words", [
-    ("--data nowhere", "nowhere"), ("--data bare", "test"), ("--data demo ./demo/", "twice"), ("--split tset", "tset"),
-    ("--ckpt a.pt", "other vit_t weights"), ("--ckpt a.pt --backbone vit_b", "vit_b"), ("--ckpt none.pt", "none.pt"),
-    ("--ckpt cut.pth", "cut.pth"), ("--checkpoint cut.pth", "cut.pth"), ("--checkpoint none.pth", "none.pth"),
-    ("--batch-size 0", "--batch-size"), ("--workers -1", "--workers"), ("--device nonsense", "nonsense"),
-    ("--out w.pth", "w.pth"), ("--paper imagenet", "lvis"), ("--prompts w.pth", "w.pth"), ("--costs", "--costs"),
-    ("--strengths -1", "--strengths"), ("--conditions night --no-corrupt", "--no-corrupt"), ("--conditions x", "'x'"),
-    ("--predictor none.py:x", "none.py"), ("--predictor w.pth:x", "FILE.py:NAME"),
-    ("--predictor mine.py:raises", "ZeroDivisionError"), ("--predictor mine.py:number", "TypeError"),
-    ("--predictor mine.py:missing", "missing"), ("--from results.json", "--data")])
+@pytest.mark.parametrize("arguments, words", {
+    "--data nowhere": "nowhere", "--data bare": "test", "--data demo ./demo/": "twice", "--split tset": "tset",
+    "--ckpt a.pt": "other vit_t weights", "--ckpt a.pt --backbone vit_b": "vit_b", "--ckpt none.pt": "none.pt",
+    "--ckpt cut.pth": "cut.pth", "--checkpoint cut.pth": "cut.pth", "--checkpoint none.pth": "none.pth",
+    "--batch-size 0": "--batch-size", "--workers -1": "--workers", "--device nonsense": "nonsense",
+    "--out w.pth": "w.pth", "--paper imagenet": "lvis", "--prompts w.pth": "w.pth", "--costs": "--costs",
+    "--strengths -1": "--strengths", "--conditions night --no-corrupt": "--no-corrupt", "--conditions x": "'x'",
+    "--predictor none.py:x": "none.py", "--predictor w.pth:x": "FILE.py:NAME",
+    "--predictor mine.py:raises": "ZeroDivisionError", "--predictor mine.py:number": "TypeError",
+    "--predictor mine.py:missing": "missing", "--from results.json": "--data"}.items())
 def test_mistakes_of_evaluate_end_in_one_line(mistakes, monkeypatch, capsys, arguments, words):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of mine.py
     before = everything(mistakes)
@@ -5306,16 +5256,11 @@ def test_other_predictors_by_plug(mistakes, capsys):
     """A class, and an object that is ready: one that knows the truth scores 1, whatever the condition."""
     conditions = "--conditions", "clear", "fog"
     assert run_evaluate(mistakes, "out", "--predictor", "mine.py:Truth", "mine.py:half", *conditions) == 0
-    expected = []
-    for mask in itertools.chain(*(sample.masks() for sample in data.load_dataset("demo", "test"))):
-        share, area = mask[:, ::2].sum() / mask.sum(), mask.mean()
-        expected.append([share, 2 * share / (1 + share), 1 - area * (1 - share)])
-    means = stored("out")["means"]
+    means, text = stored("out")["means"], capsys.readouterr().out
     assert list(means) == ["SAM", "Truth", "half"]
     for column in means["SAM"]:
         assert means["Truth"][column] == [1, 1, 1]
-        assert means["half"][column] == pytest.approx(np.mean(expected, axis=0), abs=1e-6)
-    text = capsys.readouterr().out
+        assert means["half"][column] == means["half"]["box clear"]
     assert text.count("**100.0 ±0.0**") == 12
     assert re.search(r"^\| Truth - half \| \+\d", text, re.M)
     assert run_evaluate(mistakes, "bad", "--predictor", "mine.py:Small", "--limit", 1) == 2
@@ -5341,7 +5286,7 @@ def evaluate_as(rank, port, folder):
     """One of two processes, as torchrun starts them."""
     os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    sys.exit(run_evaluate(folder, folder / "out", "--no-corrupt"))
+    sys.exit(run_evaluate(folder, folder / "out", "--no-corrupt", "--workers", 1))
 
 def test_an_interrupted_evaluation_goes_on_with_two_processes(copied_test, monkeypatch, capfd):
     folder, _ = copied_test
@@ -5379,21 +5324,21 @@ def exchange(what, folder, image):
     elif what == "adapter":
         gara.save_adapter(tiny("lora", rank=3), folder / "a.pt")
 
-@pytest.mark.parametrize("before, after, changed, kept", [
-    ([], [], None, ["2"]),
-    ([], [], "image", ["1"]),
-    ([], [], "masks", ["1"]),
-    (["--ckpt", "a.pt"], ["--ckpt", "a.pt"], "adapter", []),
-    ([], ["--batch-size", 2], None, []),
-    ([], ["--predictor", "mine.py:half"], None, [])])
-def test_only_what_was_measured_on_the_same_is_taken_over(copied_test, monkeypatch, capsys, before, after, changed, kept):
+@pytest.mark.parametrize("changed, more, kept", [
+    (None, [], ["2"]),
+    ("image", [], ["1"]),
+    ("masks", [], ["1"]),
+    ("adapter", ["--ckpt", "a.pt"], []),
+    ("words", ["--batch-size", 2], []),
+    ("words", ["--predictor", "mine.py:half"], [])])
+def test_only_what_was_measured_on_the_same_is_taken_over(copied_test, monkeypatch, capsys, changed, more, kept):
     folder, images = copied_test
     gara.save_adapter(tiny("lora"), folder / "a.pt")
     (folder / "mine.py").write_text(PREDICTORS)
-    interrupt_evaluate(monkeypatch, folder, 2, *before)
+    interrupt_evaluate(monkeypatch, folder, 2, *(more if changed != "words" else ()))
     exchange(changed, folder, images[0])
     capsys.readouterr()
-    assert run_evaluate(folder, "out", "--no-corrupt", *after) == 0
+    assert run_evaluate(folder, "out", "--no-corrupt", *more) == 0
     assert re.findall(r"(\d) of 3 pictures", capsys.readouterr().err) == kept
 
 def test_an_image_that_can_be_read_again_is_measured_after_all(copied_test, monkeypatch):
@@ -5435,10 +5380,10 @@ def test_rows_are_counted_before_results_are_written(copied_test, monkeypatch, c
 def test_rows_are_kept_until_everything_is_written(demo, tmp_path, monkeypatch, capsys, last):
     with monkeypatch.context() as patch:
         patch.setattr(figures, last, fails)
-        assert run_evaluate(demo, tmp_path, "--no-corrupt") == 2
+        assert run_evaluate(demo, tmp_path, "--no-corrupt", "--limit", 2) == 2
     before = stored(tmp_path)["images"]
-    assert run_evaluate(demo, tmp_path, "--no-corrupt") == 0
-    assert "3 of 3 pictures" in capsys.readouterr().err
+    assert run_evaluate(demo, tmp_path, "--no-corrupt", "--limit", 2) == 0
+    assert "2 of 2 pictures" in capsys.readouterr().err
     assert stored(tmp_path)["images"] == before
     assert not list(tmp_path.glob("unfinished-*"))
 
@@ -5471,7 +5416,7 @@ def test_no_process_outlives_an_evaluation_that_is_killed(demo, tmp_path, capfd,
     program = FORKED.Process(target=evaluate_and_wait, args=(demo, tmp_path, waits))
     program.start()
     assert waits.wait(60)
-    assert len(processes_of(program.pid)) == 2
+    assert len(processes_of(program.pid)) > 1
     kill(program.pid, number)
     program.join(60)
     assert program.exitcode == code
@@ -5494,22 +5439,20 @@ def test_stored_scores_of_several_runs_stand_side_by_side(copied_test, finished,
     (folder / "w.pth").rename(odd / "w.pth")
     gara.save_adapter(tiny("lora"), odd / "lora.pt")
     shutil.copy(finished[0] / "last.pt", odd / "gara.pt")
-    options = ("--conditions", "clear", "fog", "--strengths", 0.5, 1)
+    options = ("--conditions", "clear", "night", "--strengths", 0.5, 1)
     for out, names in (("a", ["gara"]), ("b", ["lora"]), ("both", ["gara", "lora"])):
         assert run_evaluate(odd, out, "--ckpt", *(odd / f"{name}.pt" for name in names), *options) == 0
-    both = capsys.readouterr().out.split("conditions; vit_t")[-1].split("\n", 1)[1]
+    _, both = capsys.readouterr().out.split("conditions; vit_t")[-1].split("\n", 1)
     assert run_cli(evaluate.main, "--from", "a/results.json", "b/results.json", "--out", "merged") == 0
     assert capsys.readouterr().out.split("written")[0] == both.split("written")[0].lstrip("\n")
-    assert len(files_in("merged")) == 7
     for name in files_in("merged"):
         merged, measured = (open(f"{out}/{name}", "rb").read() for out in ("merged", "both"))
         assert merged == measured
-    assert stored("a")["conditions"] == ["clear", "fog", "fog@0.5"]
+    assert stored("a")["conditions"] == ["clear", "night", "night@0.5"]
 
-def stored_text(**options):
+def stored_text():
     """A small results.json of SAM and GaRA."""
-    models = {**SAM_ONLY, "GaRA": gara_of(0.5)}
-    return json.dumps(made_up_results(models, ("clear", "fog"), images=2, layers=1, **options))
+    return json.dumps(made_up_results({**SAM_ONLY, "GaRA": gara_of(0.5)}, ("clear", "fog"), images=2))
 
 def spoiled(*path, value):
     """A results.json with another value at a path."""
@@ -5520,20 +5463,23 @@ def spoiled(*path, value):
     return json.dumps(results)
 
 ONE_SCORE = "images", 1, "scores", "SAM", "fog", "box", 1
-ONE_GATE = "images", 1, "gates", "GaRA", "fog", 0
 
 @pytest.mark.parametrize("content, words", [
-    (None, "text.json"), ("[" * 10 ** 5, "text.json"), ('{"format": "gara-sam results 1"}', "measure again"),
+    (None, "text.json"),
+    ("[" * 10 ** 5, "text.json"),
+    ('{"format": "gara-sam results 1"}', "measure again"),
     (json.dumps(made_up_results(SAM_ONLY)), "conditions"),
     (json.dumps(made_up_results(SAM_ONLY, ("clear", "fog"), images=3)), "pictures or masks"),
-    (spoiled(*ONE_SCORE, value=[math.nan, 0, 0]), "scores"), (spoiled(*ONE_SCORE, value=[1, 1, 1.5]), "scores"),
-    (spoiled(*ONE_SCORE, value=[10 ** 400, 1, 1]), "text.json"), (spoiled(*ONE_SCORE, value=[1, 1]), "text.json"),
-    (spoiled(*ONE_GATE, value=[[2, "0000"]]), "gates"), (spoiled(*ONE_GATE, value=[[1, "000000"]]), "text.json"),
-    (spoiled(*ONE_GATE, value=[[1, "0000"]] * 2), "text.json"),
-    (spoiled("conditions", 1, value="clear"), "conditions"), (spoiled("conditions", 1, value="fig"), "'fig'"),
-    (spoiled("models", "GaRA", "options", value={}), "options"), (spoiled("models", value={}), "models"),
-    (spoiled("models", "GaRA", "options", "rank_low", value=-3), "text.json"),
-    (spoiled("data", value=["demo/", "b/"]), "data"), (spoiled("average", value="median"), "average")])
+    (spoiled(*ONE_SCORE, value=[math.nan, 0, 0]), "scores"),
+    (spoiled(*ONE_SCORE, value=[1, 1, 1.5]), "scores"),
+    (spoiled(*ONE_SCORE, value=[10 ** 400, 1, 1]), "text.json"),
+    (spoiled("images", 1, "gates", "GaRA", "fog", 0, value=[[2, "0000"]]), "gates"),
+    (spoiled("images", 1, "gates", "GaRA", "fog", 0, value=[[1, "000000"]]), "text.json"),
+    (spoiled("conditions", 1, value="fig"), "'fig'"),
+    (spoiled("models", "GaRA", "options", value={}), "options"),
+    (spoiled("models", value={}), "models"),
+    (spoiled("data", value=["demo/", "b/"]), "data"),
+    (spoiled("average", value="median"), "average")])
 def test_stored_scores_that_do_not_fit_are_refused(tmp_path, monkeypatch, capsys, content, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.json").write_text(json.dumps(made_up_results(SAM_ONLY, ("clear", "fog"), images=2)))
@@ -5561,7 +5507,7 @@ def test_any_other_form_of_stored_scores_is_fine_or_refused_in_one_line(tmp_path
     monkeypatch.setattr(evaluate, "DRAWS", 9)
     monkeypatch.setattr(figures, "DRAWS", 9)
     codes, rng = Counter(), np.random.default_rng(0)
-    for _ in range(40):
+    for _ in range(25):
         results = json.loads(stored_text())
         change_anywhere(results, rng)
         (tmp_path / "m.json").write_text(json.dumps(results))
@@ -5588,8 +5534,6 @@ def test_the_papers_figures(capsys):
     paper = evaluate.read_paper()
     assert paper["lvis"]["vit_b", "SAM"]["point degraded"] == (65.0, 76.3, 89.8)
     assert paper["acdc"]["vit_l", "GaRA, then trained on BDD+LIS"] == {"box clear": (88.3, 92.6, None)}
-    assert paper["table10"]["vit_b", "GaRA, random gates"]["point degraded"] == (73.9, None, None)
-    assert ("vit_b", "LoRA 128") not in paper["lvis"]
     for name, models in paper.items():
         for columns in models.values():
             for iou, dice, _ in columns.values():
@@ -5618,23 +5562,18 @@ def test_axes_put_points_where_their_ticks_are(tmp_path, mark):
     points = [(0, 1), (10, 3)]
     panel = figures.Axes("title", {"a": points, "none": []}, "label", pad=(1, 0.5))
     styles = {"a": figures.Style("#ff0000", mark, 0), "none": figures.Style("#0000ff")}
-    path = figures.draw_figure(str(tmp_path / "x.png"), "title", "about", [panel], styles, columns=1)
+    figure = Image.open(figures.draw_figure(tmp_path / "x.png", "title", "about", [panel], styles, columns=1))
     left, top, right, bottom = panel.inner
     assert panel.place(-1, 0.5) == pytest.approx((left, bottom))
     assert panel.place(11, 3.5) == pytest.approx((right, top))
-    with Image.open(path) as figure:
-        for point in points:
-            x, y = panel.place(*point)
-            assert figure.getpixel((round(x / 2), round(y / 2))) == (255, 0, 0)
+    for point in points:
+        x, y = panel.place(*point)
+        assert figure.getpixel((round(x / 2), round(y / 2))) == (255, 0, 0)
 
 def test_maps_are_white_at_0_and_black_at_1():
     page, _ = figures.start_page("", "", 200)
     figures.draw_map(page, (400, 20), (10, 8), np.array([[0, 0.5, 1]]))
     assert [page.getpixel((405 + 10 * k, 24)) for k in range(3)] == [(255,) * 3, (127,) * 3, (0,) * 3]
-
-def test_styles_differ():
-    assert len(set(figures.styles_of(range(32)).values())) == 32
-    assert len(set(figures.shades(32))) == 32
 
 def test_oracles_against_loops():
     results = made_up_results(LORAS, ("clear", "fog", "snow"), images=7)
@@ -5655,15 +5594,6 @@ def test_oracles_against_loops():
         assert found["Oracle-Instance"]["iou"][f"{prompt} degraded"] == pytest.approx(np.mean(instance))
         assert found["Oracle-Instance"]["chosen"][prompt] == pytest.approx(chosen)
 
-def test_oracles_of_equal_models_choose_the_first():
-    results = made_up_results({"A": LORAS["LoRA 4"]}, images=3)
-    for image in results["images"]:
-        image["scores"]["B"] = image["scores"]["A"]
-    expected = {column: scores[0] for column, scores in results["means"]["A"].items()}
-    for found in figures.oracles(results["images"], ["B", "A"], data.CONDITIONS).values():
-        assert found["chosen"] == dict.fromkeys(evaluate.PROMPTS, {"B": 1, "A": 0})
-        assert found["iou"] == pytest.approx(expected, abs=1e-12)
-
 THREE = {f"a name of {k} letters": gara_of(k / 4) for k in (1, 2, 4)}
 STRONGER = (*data.CONDITIONS, *(f"{name}@{x}" for name in data.CONDITIONS[1:] for x in (0.5, 2)))
 
@@ -5682,11 +5612,9 @@ def test_every_figure_that_the_results_allow_is_written(models, conditions, name
     paths = figures.draw_all(made_up_results(models, conditions), tmp_path / "new")
     assert sorted(paths) == sorted(str(tmp_path / "new" / f"{name}.png") for name in names)
     for path in paths:
-        with Image.open(path) as figure:
-            pixels = np.array(figure)
-        height, width, _ = pixels.shape
-        assert width == 1400
-        assert 140 < height < 2400
+        pixels = np.array(Image.open(path))
+        assert pixels.shape[1] == 1400
+        assert 140 < pixels.shape[0] < 2400
         assert (pixels == 255).all(2).mean() > 0.3  # a white ground
         assert (pixels < 128).all(2).mean() > 0.002  # and ink
         pixels[4:-4, 4:-4] = 255
@@ -5702,7 +5630,6 @@ def test_samples_are_the_least_middling_and_most_gains(mistakes):
     assert [row["label"].split()[0] for row in shown] == ["least", "middling", "most"]
     assert shown[0]["condition"] == "snow"
     assert shown[0]["iou"]["Truth"] == 0
-    assert len({row["condition"] for row in shown}) == 3
     for row in shown:
         assert np.array_equal(row["predictions"]["Truth"], row["truth"])
 
@@ -5710,19 +5637,14 @@ def test_samples_have_a_row_each_and_a_column_per_model(tmp_path):
     truth = np.zeros((1, 60, 80), bool)
     truth[0, 5:20, 5:20] = True
     row = dict(condition="fog", image=np.full((60, 80, 3), 90, np.uint8), points=np.full((1, 3, 2), 10.0), truth=truth,
-               predictions=dict(A=truth, B=~truth), iou=dict(A=1.0, B=0.0), label="worst gain \N{MINUS SIGN}0.31")
-
-    def drawn(rows, title):
-        path = figures.figure_samples(rows, ["A", "B"], str(tmp_path / "samples.png"), title)
-        return np.array(Image.open(path)).astype(int)
-
-    one, two = drawn([row], "Figure 4"), drawn([row, {**row, "label": ""}], "a long title " * 30)
+               predictions=dict(A=truth, B=~truth), iou=dict(A=1.0, B=0.0), label="worst")
+    one = np.array(Image.open(figures.figure_samples([row], ["A", "B"], str(tmp_path / "1.png")))).astype(int)
+    two = np.array(Image.open(figures.figure_samples([row, row], ["A", "B"], str(tmp_path / "2.png"))))
     assert one.shape[1] == two.shape[1] == 4 * 250 + 30
-    assert 200 < two.shape[0] - one.shape[0] < 260
-    given, right, a, b = (one[93:273, 20 + 250 * c:260 + 250 * c] for c in range(4))
+    assert 200 < len(two) - len(one) < 260
+    _, right, a, b = (one[93:273, 20 + 250 * c:260 + 250 * c] for c in range(4))
     assert (right == a).all()
     assert (right != b).any()
-    assert (given != right).any()
     tint = 0.35 * 90 + 0.65 * np.array(figures.TINTS[0])
     assert np.abs(right[21:54, 21:54] - tint).max() <= 1.5
 
@@ -5747,14 +5669,13 @@ def test_what_gates_answer_to():
     by_corruption = np.repeat(rng.random((1, 16, 60)) < 0.5, 40, 0)
     by_image = np.repeat(rng.random((40, 1, 60)) < 0.5, 16, 1)
     by_both = np.indices((40, 16, 1)).sum(0) % 2 == 0
-    never = np.ones((40, 16, 9))
     noise = rng.random((400, 16, 50)) < 0.5
-    for gates, shares in ((by_corruption, (1, 0, 0)), (by_image, (0, 1, 0)), (by_both, (0, 0, 1)), (never, (0, 0, 0))):
-        assert study.gate_variance(gates) == pytest.approx(shares)
-    degrees_of_freedom = (15 / 6399, 399 / 6399)
-    assert study.gate_variance(noise)[:2] == pytest.approx(degrees_of_freedom, rel=0.15)
+    assert study.gate_variance(by_corruption) == pytest.approx((1, 0, 0))
+    assert study.gate_variance(by_image) == pytest.approx((0, 1, 0))
+    assert study.gate_variance(by_both) == pytest.approx((0, 0, 1))
+    assert study.gate_variance(np.ones((40, 16, 9))) == (0, 0, 0)
+    assert study.gate_variance(noise)[:2] == pytest.approx((15 / 6399, 399 / 6399), rel=0.15)  # degrees of freedom
     dealt = study.shuffled(by_corruption, rng)
-    assert (dealt != by_corruption).any()
     assert np.array_equal(np.sort(dealt, 1), np.sort(by_corruption, 1))
     assert study.probe(by_corruption, rng) == 1
     for silent in (by_image, noise, dealt):
@@ -5783,28 +5704,25 @@ def test_frozen_gates_choose_what_was_chosen_most_often(demo, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     os.makedirs("runs/gara_0")
     gara.save_adapter(train_by_chance(tiny("gara"), 3), "runs/gara_0/gara.pt")
-    conditions = "clear", "fog", "snow"
-    assert run_evaluate(demo, "main", "--ckpt", "runs/gara_0/gara.pt", "--conditions", *conditions) == 0
+    conditions = "--conditions", "clear", "fog", "snow", "--limit", 1
+    assert run_evaluate(demo, "main_0", "--ckpt", "runs/gara_0/gara.pt", *conditions) == 0
     monkeypatch.setattr(study, "find_checkpoint", lambda backbone: str(demo / "w.pth"))
-    study.freeze_gates("main", "runs/gara_0", "runs/frozen_0")
-    assert run_evaluate(demo, "frozen", "--ckpt", "runs/frozen_0/gara.pt", "--conditions", *conditions) == 0
-
-    def decisions(folder, layer):
-        """Vectors and spaces of all images in all conditions."""
-        parts = [figures.unpack_gates(stored(folder), "GaRA", condition)[layer] for condition in conditions]
-        return (np.concatenate(part)[:, 0] for part in zip(*parts))
-
-    for layer in range(6):
-        vectors, spaces = decisions("main", layer)
-        fixed, fixed_spaces = decisions("frozen", layer)
-        assert (fixed == fixed[0]).all()
-        assert (fixed_spaces == (2 * spaces.sum() > len(spaces))).all()
-        those = vectors[spaces == fixed_spaces[0]]
-        assert np.array_equal(fixed[0], 2 * those.sum(0) > len(those))
+    study.freeze_gates("main_0", "runs/gara_0", "runs/frozen_0")
+    assert run_evaluate(demo, "frozen_0", "--ckpt", "runs/frozen_0/gara.pt", *conditions) == 0
+    monkeypatch.setattr(study, "read_evaluation", lambda out, name, seed: stored(f"{name}_{seed}"))
+    vectors, spaces = study.gate_vectors(".", "main", 0, "gara")  # (images, conditions, layers, components)
+    fixed, fixed_spaces = study.gate_vectors(".", "frozen", 0, "frozen")
+    assert (fixed == fixed[0, 0]).all()
+    assert (fixed_spaces == (2 * spaces.sum((0, 1)) > 3)).all()
+    for layer, space in enumerate(fixed_spaces[0, 0]):
+        those = vectors[:, :, layer][spaces[:, :, layer] == space]
+        assert np.array_equal(fixed[0, 0, layer], 2 * those.sum(0) > len(those))
 
 def fill_study(plan):
-    """Made-up results of every job of a study, in study/: {(evaluation, run and seed): its means}. The scripts take every
-    job's command; what it needs is there before it; no two write to one folder."""
+    """Made-up results of every job of a study, in study/: {(evaluation, run and seed): its means}.
+
+    The scripts take every job's command, what it needs is there before it, and no two write to one folder.
+    """
     means = {}
     for number, (folder, (command, needed)) in enumerate(study.study_jobs("study", **plan).items()):
         assert all(map(os.path.isdir, needed))
@@ -5835,10 +5753,6 @@ def fill_study(plan):
     data.save_text(json.dumps(dict(command=["train.py", "--seed", "7"], seconds=61)), "study/jobs/x.json")
     return means
 
-def test_runs_of_unseen_corruptions_have_not_seen_them():
-    seen = train.parse(["--data", "x", *study.RUNS["unseen_gara"][1]]).conditions
-    assert not {*study.UNSEEN} & {*seen}
-
 @pytest.mark.parametrize("seeds, leave", [(3, study.QUICK_STUDY["leave"]), (1, ())])
 def test_the_studys_report_says_what_the_folders_hold(tmp_path, monkeypatch, seeds, leave):
     """Three seeds of few runs, and one seed of all runs: every table is there, and cells are means by hand."""
@@ -5848,6 +5762,8 @@ def test_the_studys_report_says_what_the_folders_hold(tmp_path, monkeypatch, see
     plan = study.FULL_STUDY | dict(seeds=seeds, leave=leave)
     means = fill_study(plan)
     study.Report("study", plan).write()
+    seen = train.parse(["--data", "x", *study.RUNS["unseen_gara"][1]]).conditions
+    assert not {*study.UNSEEN} & {*seen}
     text = open("study/report.md").read()
     assert re.findall(r"^## (\d)", text, re.M) == [*"123456789"]
     assert "nan" not in text
@@ -5879,14 +5795,12 @@ def serving(server):
         thread.join()
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(demo):
     """A page at a free port: plain SAM, GaRA and LoRA with the recipe's weights, on demo scenes."""
-    folder = tmp_path_factory.mktemp("site")
-    torch.save(tiny_weights(), folder / "w.pth")
-    files = [str(folder / f"{method}.pt") for method in ("gara", "lora")]
-    for file in files:
-        gara.save_adapter(tiny(os.path.basename(file)[:-3]), file)
-    words = ["--checkpoint", str(folder / "w.pth"), "--adapter", *files, "--port", "0", "--device", "cpu"]
+    files = [str(demo / f"{method}.pt") for method in ("gara", "lora")]
+    gara.save_adapter(tiny("gara"), files[0])
+    gara.save_adapter(tiny("lora"), files[1])
+    words = ["--checkpoint", str(demo / "w.pth"), "--adapter", *files, "--port", "0", "--device", "cpu"]
     with serving(page.make_server(page.parse(words))) as server:
         yield server
 
@@ -5895,11 +5809,6 @@ def pixels(content):
     if isinstance(content, str):
         content = base64.b64decode(content)
     return np.array(Image.open(io.BytesIO(content)))
-
-def file_bytes(image):
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 def send(server, method, path, body=None, headers={}):
     """(status, what was answered: a dict, an image's pixels, or text). A dict as body is sent as JSON."""
@@ -5994,9 +5903,12 @@ def test_page_compares_with_the_truth_and_with_the_mask_on_the_clear_image(site)
     assert found["iou"] is None
 
 @pytest.mark.parametrize("points, box, expected", [
-    ([[3, 3, 1]], None, "whole"), ([[12, 12, 1]], None, "part"), ([[12, 12, 1], [3, 3, 1]], None, "whole"),
-    ([[3, 3, 1], [12, 12, 0]], None, None), ([], [0, 0, 14, 15], "whole"), ([], [10, 11, 14, 14], "part"),
-    ([[12, 12, 1]], [1, 0, 15, 15], "whole"), ([], [2, 2, 6, 6], None)])
+    ([[3, 3, 1]], None, "whole"),
+    ([[12, 12, 1]], None, "part"),
+    ([[3, 3, 1], [12, 12, 0]], None, None),
+    ([], [10, 11, 14, 14], "part"),
+    ([[12, 12, 1]], [1, 0, 15, 15], "whole"),
+    ([], [2, 2, 6, 6], None)])
 def test_object_that_is_asked_for(points, box, expected):
     whole, part = np.zeros((2, 20, 20), bool)
     whole[:16, :16] = True
@@ -6009,7 +5921,7 @@ def test_page_takes_an_image(site, tmp_path, monkeypatch):
     image = Image.fromarray(scene(40, 2048))
     numbers = []
     for _ in range(page.KEPT_UPLOADS + 1):
-        _, found = send(site, "POST", "/upload", file_bytes(image))
+        _, found = send(site, "POST", "/upload", page.png(np.array(image)))
         numbers.append(found["image"])
     assert os.listdir(tmp_path) == []
     image.thumbnail((1024, 1024))
@@ -6029,40 +5941,42 @@ def refuses(site, status, word, *request):
     assert send(site, "GET", "/start")[0] == 200
 
 @pytest.mark.parametrize("request_, status, word", [
-    (("GET", "/../data.py"), 404, "address"), (("GET", "/predict"), 404, "address"),
-    (("POST", "/start"), 404, "address"), (("PUT", "/"), 501, "PUT"), (("GET", "/" + "a" * 70000), 414, "Long"),
-    (("GET", "/thumbnail?99"), 404, "image"), (("GET", "/thumbnail?../w.pth"), 404, "image"),
-    (("POST", "/image", b"", dict(Host="evil.example")), 403, "Host"),
+    (("GET", "/../data.py"), 404, "address"),
+    (("GET", "/predict"), 404, "address"),
+    (("PUT", "/"), 501, "PUT"),
+    (("GET", "/" + "a" * 70000), 414, "Long"),
+    (("GET", "/thumbnail?../w.pth"), 404, "image"),
     (("POST", "/image", b"", dict(Host="127.0.0.1.evil.example")), 403, "Host"),
     (("POST", "/image", b"", dict(Host="192.168.0.7:8000")), 403, "Host"),
     (("POST", "/image", b"", dict(Origin="http://evil.example")), 403, "page"),
     (("POST", "/image", b"", {"Content-Length": "9" * 12}), 413, "bytes"),
     (("POST", "/image", b"", {"Content-Length": "-1"}), 400, "Content-Length"),
-    (("POST", "/image", "[1]"), 400, "JSON"), (("POST", "/image", "[" * 60000), 400, "JSON"),
-    (("POST", "/image", b"\xff\xfe"), 400, "JSON"), (("POST", "/image", "x" * 100000), 413, "bytes"),
+    (("POST", "/image", "[" * 60000), 400, "JSON"),
+    (("POST", "/image", b"\xff\xfe"), 400, "JSON"),
+    (("POST", "/image", "x" * 100000), 413, "bytes"),
     (("POST", "/upload", b"x" * (page.MAX_UPLOAD + 1)), 413, "bytes"),
     (("POST", "/upload", b"%!PS-Adobe-3.0 EPSF-3.0"), 400, "JPEG"),
-    (("POST", "/upload", file_bytes(Image.fromarray(scene()))[:999]), 400, "cannot read"),
-    (("POST", "/upload", file_bytes(Image.new("1", (7000, 7000)))), 413, "pixels"),
-    (("POST", "/upload", file_bytes(Image.new("RGB", (15, 900)))), 400, "small")],
+    (("POST", "/upload", page.png(scene())[:999]), 400, "cannot read"),
+    (("POST", "/upload", page.png(np.zeros((7000, 7000), bool))), 413, "pixels"),
+    (("POST", "/upload", page.png(scene(900, 15))), 400, "small")],
     ids=lambda value: str(value)[:40])
 def test_page_refuses_in_one_line_of_json(site, capfd, request_, status, word):
     refuses(site, status, word, *request_)
     assert capfd.readouterr().err == ""
 
-NO_VALUES = dict(
-    image=[-1, 10**9, "0", [0], "../w.pth", True],
-    corruption=["clear", "fog@9", ["fog"], None],
-    strength=[2.01, -1, "1", math.nan, math.inf, None, True],
-    noise=[-1, 0.5, 2**32],
-    model=[3, -1, 0.0],
-    points=[None, {}, [1], [[1, 2]], [[1, 2, 3]], [[1, 2, "1"]], [[-0.1, 2, 1]], [[128, 2, 1]], [[math.nan, 2, 1]],
-            [], [[1, 2, 1]] * 65],
-    box=[[1, 2, 3], "all", [5, 5, 5, 9], [9, 5, 2, 9], [0, 0, 999, 9], [0, 0, math.nan, 9]])
+WRONG = dict(
+    image='-1, 1000000000, "0", [0], true',
+    corruption='"clear", "fog@9", ["fog"], null',
+    strength='2.01, -1, "1", NaN, Infinity, null, true',
+    noise='-1, 0.5, 4294967296',
+    model='3, -1, 0.0',
+    points='null, {}, [], [1], [[1, 2]], [[1, 2, 3]], [[1, 2, "1"]], [[-0.1, 2, 1]], [[128, 2, 1]], [[NaN, 2, 1]], '
+    + str([[1, 2, 1]] * 65),
+    box='[1, 2, 3], "all", [5, 5, 5, 9], [9, 5, 2, 9], [0, 0, 999, 9], [0, 0, NaN, 9]')
 
-@pytest.mark.parametrize("part", NO_VALUES)
+@pytest.mark.parametrize("part", WRONG)
 def test_page_checks_each_number(site, part):
-    for value in NO_VALUES[part]:
+    for value in json.loads(f"[{WRONG[part]}]"):
         refuses(site, 404 if part in ("image", "model") else 400, part, "POST", "/predict", CLICK | {part: value})
 
 def test_page_answers_two_clients_at_once(site, monkeypatch):
@@ -6076,10 +5990,7 @@ def test_page_answers_two_clients_at_once(site, monkeypatch):
         return usual(*question)
 
     monkeypatch.setattr(page, "ask", asked_alone)
-    asked = []
-    for k, name in enumerate(["fog", "snow", "none"]):
-        asked.append(dict(image=k, corruption=name, model=k % 3))
-        asked.append(dict(image=k, corruption=name, model=2))
+    asked = [dict(image=k // 2, corruption="fog" if k % 2 else "snow", model=k % 3) for k in range(6)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         together = list(pool.map(lambda changes: ask(site, "/predict", **changes), asked))
     site.bench.encoded.cache_clear()
@@ -6100,35 +6011,33 @@ def test_page_hides_paths_and_survives_faults(site, monkeypatch, capfd):
 
 def test_page_leaves_no_thread(site):
     """Also with a connection that a browser has opened and does not use."""
-    before, start = set(threading.enumerate()), time.monotonic()
+    before, started = set(threading.enumerate()), time.monotonic()
     with serving(page.Server("0.0.0.0", 0, site.bench)) as server:
         idle = socket.create_connection(server.server_address)
         assert send(server, "GET", "/start", None, dict(Host="192.168.0.7:8000"))[0] == 200  # the network's own
         assert send(server, "GET", "/start", None, dict(Host="evil.example"))[0] == 403
     assert set(threading.enumerate()) <= before
-    assert time.monotonic() - start < 20  # well below a visitor's time to keep silent
+    assert time.monotonic() - started < 20  # well below a visitor's time to keep silent
     assert idle.recv(1) == b""
     idle.close()
 
 def test_images_to_choose_from(demo, tmp_path):
     Image.fromarray(scene(90, 2000)).save(tmp_path / "b.JPG")
-    Image.fromarray(scene()).save(tmp_path / "a.png")
     (tmp_path / "c.txt").write_text("no image")
     words = ["--images", str(tmp_path), "--data", str(demo / "demo"), "--split", "val"]
-    a, b, *samples = page.list_entries(page.parse(words))
-    assert [a.name, b.name] == ["a.png", "b.JPG"]
-    assert b.read()[0].shape == (46, 1024, 3)
+    photo, *samples = page.list_entries(page.parse(words))
+    assert photo.read()[0].shape == (46, 1024, 3)
     for entry, sample in zip(samples, data.load_dataset(demo / "demo", "val"), strict=True):
         image, objects = entry.read()
         assert np.array_equal(image, sample.image())
-        assert list(objects) == list(sample.indices)
-        assert np.array_equal(np.stack(list(objects.values())), sample.masks())
+        assert tuple(objects) == sample.indices
+        assert np.array_equal(list(objects.values()), sample.masks())
         assert [entry.kind, entry.split] == ["robustseg", "val"]
 
-@pytest.mark.parametrize("words, said", [
-    ("--port 70000", "--port"), ("--backbone vit_x", "--backbone"), ("--adapter none.pt", "none.pt"),
-    ("--checkpoint none.pth", "none.pth"), ("--data none", "none"), ("--images none", "none"),
-    ("--images .", "no image"), ("--host 300.1.1.1", "300.1.1.1"), ("--device nonsense", "nonsense")])
+@pytest.mark.parametrize("words, said", {
+    "--port 70000": "--port", "--backbone vit_x": "--backbone", "--adapter none.pt": "none.pt",
+    "--checkpoint none.pth": "none.pth", "--data none": "none", "--images none": "none",
+    "--images .": "no image", "--host 300.1.1.1": "300.1.1.1", "--device nonsense": "nonsense"}.items())
 def test_mistakes_at_the_page_end_in_one_line(tmp_path, capsys, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
     assert run_cli(page.main, *words.split()) == 2
@@ -6137,9 +6046,7 @@ def test_mistakes_at_the_page_end_in_one_line(tmp_path, capsys, monkeypatch, wor
 def test_ctrl_c_ends_the_page_in_one_line(capsys, monkeypatch):
     monkeypatch.setattr(page.Server, "serve_forever", lambda server: signal.raise_signal(signal.SIGINT))
     assert run_cli(page.main, "--port", 0) == 0
-    out, err = capsys.readouterr()
-    assert re.fullmatch(r"http://127\.0\.0\.1:\d+ \(Ctrl-C ends\)\n\nended\n", out)
-    assert err == ""
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+ \(Ctrl-C ends\)\n\nended\n", capsys.readouterr().out)
 
 # What is shipped.
 
@@ -6180,10 +6087,7 @@ def test_race_times_everyone_in_turn_and_keeps_who_failed():
     done = bench.race({name: functools.partial(work, name) for name in ("a", "broken")}, CPU, rounds=3)
     assert order == ["a", "broken", "a", "broken", "a", "a", "a"]  # a warm-up, three by the clock, one for memory
     assert done["broken"]["failed"] == "ValueError: no"
-    assert "seconds" not in done["broken"]
-    assert done["a"]["result"] == "a"
     assert 0 <= done["a"]["seconds"] < 1
-    assert len(done["a"]["times"]) == 4
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
 def test_peak_memory_is_what_the_work_needs():
@@ -6216,7 +6120,6 @@ def test_bench_sam(tmp_path, capsys, monkeypatch):
     assert 1e-5 < float(difference) < 0.1
     assert 0.9 < float(iou) < 1
     assert "ZeroDivisionError" in rows["float32, compiled"][-1]
-    assert "GFLOP/s" in rows["matrix products alone"][-1]
     for name in ("one call, 100 prompts", "100 calls of predict"):
         assert float(rows[name][0]) > 0
         assert float(rows[f"other: {name}"][0]) > 0
@@ -6231,7 +6134,6 @@ def test_encoder_flops_against_torchs_own_counter(monkeypatch):
     relative_positions = 2 * 2 * 6 * 256 * 160 * 8  # not counted by the bench; 8 wide at least
     counted = counter.get_total_flops() - relative_positions
     assert bench.encoder_flops("vit_t", 1) == pytest.approx(counted, rel=0.02)
-    assert bench.encoder_flops("vit_t", 3) == 3 * bench.encoder_flops("vit_t", 1)
 
 def test_bench_gara_and_step(capsys):
     rows = run_bench(capsys, "gara", "--backbone", "vit_t", "--rounds", 1, "--device", "cpu")
@@ -6239,14 +6141,10 @@ def test_bench_gara_and_step(capsys):
         count = sum(value.numel() for value in gara.adapter_state(tiny(method)).values())
         assert rows[method][-2:] == [f"{count:,}", f"{4 * count / 1e6:.1f}"]
     for rank in (4, 24, 52):
-        milliseconds, _, difference = rows[f"rank {rank}: gated_linear"]
-        assert float(milliseconds) > 0
-        assert float(difference) < 1e-4
-        assert float(rows[f"rank {rank}: x A m B by autograd"][0]) > 0
+        assert float(rows[f"rank {rank}: gated_linear"][2]) < 1e-4  # from what autograd makes of it
     rows |= run_bench(capsys, "step", "--backbone", "vit_t", "--rounds", 1, "--device", "cpu")
-    encoders = [f"GaRA, {count} of 48 components" for count in (48, 24, 1)]
-    steps = [f"{method}, {dtype}" for method in ("LoRA 16", "GaRA per window") for dtype in ("bfloat16", "float32")]
-    for name in ("SAM", "GaRA per window", *encoders, *steps):
+    for name in ("SAM", "GaRA, 48 of 48 components", "GaRA, 1 of 48 components", "GaRA per window",
+                 "LoRA 16, bfloat16", "GaRA per window, float32", "rank 52: x A m B by autograd"):
         assert float(rows[name][0]) > 0
 
 def test_gates_that_are_set_open():
@@ -6263,16 +6161,16 @@ def test_bench_train_accounts_for_all_the_time(demo, tmp_path, capsys, monkeypat
     """The parts of a step are shares of the whole; what sleeps longest is named; nothing is written or trained."""
     monkeypatch.chdir(tmp_path)
     prompts, decode = data.prompts, sam.MaskDecoder.forward
-    monkeypatch.setattr(data, "prompts", lambda *a: time.sleep(0.01) or prompts(*a))
-    monkeypatch.setattr(sam.MaskDecoder, "forward", lambda *a: time.sleep(0.05) or decode(*a))
+    monkeypatch.setattr(data, "prompts", lambda *a: time.sleep(0.05) or prompts(*a))
+    monkeypatch.setattr(sam.MaskDecoder, "forward", lambda *a: time.sleep(0.2) or decode(*a))
     before = everything(demo)
     rows = run_bench(capsys, "train", "--data", demo / "demo", "--checkpoint", demo / "w.pth", "--batch-size", 2,
                      "--device", "cpu")
-    assert 10 <= float(rows["draw prompts"][0]) <= float(rows["all of it"][0])
+    assert 50 <= float(rows["draw prompts"][0]) <= float(rows["all of it"][0])
     parts = ("image encoder, forward", "decoder, forward", "optimizer", "loss and backward")
     step = {name: float(rows[name][0]) for name in parts}
     assert sum(step.values()) == pytest.approx(float(rows["the whole step"][0]), abs=0.1)
-    assert step["decoder, forward"] >= 50  # points and boxes, for two images
+    assert step["decoder, forward"] >= 200  # points and boxes, for two images
     assert min(step.values()) > 0
     assert everything(demo) == before
     assert not os.listdir(tmp_path)
@@ -6295,27 +6193,24 @@ def test_bench_models(mistakes, capsys):
     table = json.load(open("table8.json"))
     rows = {name: cells for name, *cells in table["rows"]}
     assert list(rows) == ["SAM", "GaRA", "half", "Broken"]
-    assert {len(row) for row in table["rows"]} == {len(table["heads"])}
-    learnable, size, memory, speed = rows["GaRA"]
+    learnable, size, memory, _ = rows["GaRA"]
     count = sum(value.numel() for value in gara.adapter_state(tiny("gara")).values())
     assert learnable == f"{count:,}"
     assert float(size) == pytest.approx(os.path.getsize("gara.pt") / 1e6, abs=0.1)
-    assert float(speed) > 0
     if sys.platform == "linux":
         assert float(memory) > 11  # its weights alone
-    assert rows["SAM"][:2] == ["-", "-"]
     assert rows["half"][:3] == ["-", "-", "-"]
     assert "ZeroDivisionError" in rows["Broken"][-1]
     assert printed["SAM"] == rows["SAM"]
 
-@pytest.mark.parametrize("arguments, words", [
-    ("", "sam"), ("what", "what"), ("sam --what", "--what"), ("sam --batch 0", "--batch"),
-    ("gara --rounds 0", "--rounds"), ("sam --device nonsense", "--device"), ("step --device cuda:99", "--device"),
-    ("sam --backbone vit_t --against none.py:x", "none.py"),
-    ("sam --backbone vit_t --against other.py:absent", "no_such_module"),
-    ("train", "--data"), ("train --data none", "none"), ("train --data x --steps 0", "steps"),
-    ("corruptions", "photo"), ("corruptions none.jpg", "none.jpg"), ("corruptions tiny.png", "ValueError"),
-    ("models", "--data"), ("models --data none", "none"), ("models --data x --limit 0", "--limit")])
+@pytest.mark.parametrize("arguments, words", {
+    "": "sam", "what": "what", "sam --what": "--what", "sam --batch 0": "--batch",
+    "gara --rounds 0": "--rounds", "sam --device nonsense": "--device", "step --device cuda:99": "--device",
+    "sam --backbone vit_t --against none.py:x": "none.py",
+    "sam --backbone vit_t --against other.py:absent": "no_such_module",
+    "train": "--data", "train --data none": "none", "train --data x --steps 0": "steps",
+    "corruptions": "photo", "corruptions none.jpg": "none.jpg", "corruptions tiny.png": "ValueError",
+    "models": "--data", "models --data none": "none", "models --data x --limit 0": "--limit"}.items())
 def test_mistakes_at_a_bench_end_in_one_line(tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.py").write_text(OTHER_SAM)
@@ -6326,7 +6221,6 @@ def test_mistakes_at_a_bench_end_in_one_line(tmp_path, capsys, monkeypatch, argu
     assert everything(tmp_path) == before
 
 def test_importing_others_needs_none_of_them(monkeypatch):
-    """Their packages are imported when a model is asked for; `Restored` needs none."""
     import others
     model = tiny()
     monkeypatch.setattr(sam, "build_sam", lambda backbone, checkpoint: model)
@@ -6334,6 +6228,3 @@ def test_importing_others_needs_none_of_them(monkeypatch):
     restored.set_image(scene())
     plain.set_image(scene())
     assert torch.equal(restored.predictor.features.cpu(), plain.features)  # its network changes nothing
-    for name in ("HQ_SAM", "RobustSAM"):
-        with refused("No module named", kind=ImportError):
-            getattr(others, name)()
