@@ -5158,6 +5158,14 @@ def test_whatever_an_image_raises_is_its_own_error(copied_test, monkeypatch, cap
     assert run_evaluate(folder, "strict", "--no-corrupt", "--workers", workers, "--strict") == 2
     assert one_error(capsys, images[1].stem)
 
+def test_what_workers_need_can_be_sent_to_them(demo, monkeypatch):
+    """As it must be where processes are not forked."""
+    usual, dataset = torch.utils.data.DataLoader, data.load_dataset(demo / "demo", "test")
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda dataset, **options: usual(
+        pickle.loads(pickle.dumps(dataset)), **pickle.loads(pickle.dumps(options))))
+    [(images, *_)] = evaluate.prepared(dataset, ("clear",), 0, [1])
+    assert np.array_equal(images[0], dataset[1].image())
+
 def test_a_worker_that_dies_ends_the_evaluation_in_one_line(copied_test, monkeypatch, capsys):
     folder, images = copied_test
     spoil(monkeypatch, "read_image", images[1], lambda *_: os._exit(7))
