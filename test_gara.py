@@ -462,12 +462,11 @@ def test_batched_forward_equals_predictor():
         assert close(output["iou_predictions"], scores)
         assert (output["masks"] == masks).float().mean() > 0.999
 
-@pytest.mark.parametrize("height, width, count", [(97, 131, 3), (300, 5, 1), (1, 3000, 1), (1, 1, 3)])
+@pytest.mark.parametrize("height, width, count", [(97, 131, 3), (3000, 1, 1), (1, 3000, 1), (1, 1, 3)])
 def test_predictor_takes_any_size(height, width, count):
     image = np.full((height, width, 3), 77, np.uint8)
-    masks, scores, low_res = predicted(tiny(), image, **POINT, multimask_output=count == 3)
+    masks, _, low_res = predicted(tiny(), image, **POINT, multimask_output=count == 3)
     assert masks.shape == (count, height, width)
-    assert scores.shape == (count,)
     assert low_res.shape == (count, 64, 64)
     assert np.isfinite(low_res).all()
 
@@ -487,9 +486,8 @@ def test_predictor_takes_views_and_bgr(predictor, size):
 
 @pytest.mark.parametrize("masks", [None, torch.zeros(0, 1, 64, 64)])
 def test_no_prompts_give_no_masks(predictor, masks):
-    found, scores, low_res = predictor.predict_torch(None, None, torch.zeros(0, 4), masks)
+    found, _, low_res = predictor.predict_torch(None, None, torch.zeros(0, 4), masks)
     assert found.shape == (0, 3, 96, 128)
-    assert scores.shape == (0, 3)
     assert low_res.shape == (0, 3, 64, 64)
 
 def test_a_predictor_without_an_image(predictor):
@@ -543,8 +541,8 @@ def test_gradients_flow_except_in_the_predictor(predictor):
 
 # ---- Automatic masks ------------------------------------------------------------------------------------------------
 
-# golden.json's "everything": arguments, and of each record that official SamAutomaticMaskGenerator gave for the shipped
-# vit_t and scene(128, 128): point, bbox, crop_box, area, predicted IoU, stability.
+# golden.json's "everything": arguments, and of each record that official SamAutomaticMaskGenerator gave for shipped()
+# and scene(128, 128): point, bbox, crop_box, area, predicted IoU, stability.
 
 @functools.cache
 def shipped():
@@ -755,6 +753,7 @@ WHOLE, CUT, SILENT = SIX_BYTES + b"weight", SIX_BYTES + b"wei", SIX_BYTES + b"w"
 
 class Server(http.server.BaseHTTPRequestHandler):
     """Sends its server's `answer`, and then ends; or waits, if this is SILENT, until the other side does."""
+    timeout = 5
 
     def do_GET(self):
         self.server.asked.append(self.path)
@@ -777,16 +776,16 @@ def download(tmp_path, monkeypatch):
         yield server
         server.shutdown()
 
-@pytest.mark.parametrize("answer", [
-    SILENT,
-    CUT,
-    b"hello\n",
-    b"HTTP/1.0 404 Not Found\r\n\r\n",
-    b"HTTP/1.0 200 OK\r\nContent-Length: many\r\n\r\n"])
-def test_downloads_that_fail(download, tmp_path, answer):
+@pytest.mark.parametrize("answer, words", [
+    (SILENT, "timed out"),
+    (CUT, "hash"),
+    (b"hello\n", "hello"),
+    (b"HTTP/1.0 404 Not Found\r\n\r\n", "404"),
+    (b"HTTP/1.0 200 OK\r\nContent-Length: many\r\n\r\n", "many")])
+def test_downloads_that_fail(download, tmp_path, answer, words):
     """In one line, soon, and a second try finds nothing in its way; nor does one after a kill."""
     download.answer = answer
-    with refused("could not download sam_vit_none", "checkpoints/", kind=FileNotFoundError):
+    with refused("could not download sam_vit_none", words, "checkpoints/", kind=FileNotFoundError):
         sam.find_checkpoint("vit_b")
     assert everything(tmp_path) == {}
     (tmp_path / "hub" / "checkpoints" / "sam_vit_b.pth.0123.partial").write_bytes(b"wei")
@@ -835,7 +834,7 @@ def test_sam_command_line_equals_predictor(tiny_files, capsys, method, arguments
     assert (method is None) == np.array_equal(plain, masks)  # the adapter acts
     assert Image.open("o.png").size == (90, 60)
 
-def test_everything_from_the_command_line(tmp_path, tiny_files, capsys):
+def test_everything_from_the_command_line(tiny_files, capsys):
     arguments = "photo.png --backbone vit_t --out o.png --json m.json --everything"
     settings = "--points-per-side 5 --pred-iou-thresh 0.6 --stability-score-thresh 0.4"
     assert run_cli(sam.main, *arguments.split(), *settings.split()) == 0
@@ -845,7 +844,6 @@ def test_everything_from_the_command_line(tmp_path, tiny_files, capsys):
     mask = find(scene(60, 90))[0]["segmentation"]
     drawn = np.asarray(Image.open("o.png")) != scene(60, 90)
     assert drawn[mask].any(1).mean() > 0.9
-    assert {path.name for path in everything(tmp_path)} == {"photo.png", "w.pth", "o.png", "m.json"}
 
 @pytest.mark.parametrize("arguments, words", [
     ("photo.png", "say what to segment"),
@@ -864,7 +862,6 @@ def test_everything_from_the_command_line(tmp_path, tiny_files, capsys):
     ("photo.png --point 1,1 --json m.json", "--json goes with"),
     ("photo.png --point 1,1 --device nonsense", "nonsense"),
     ("photo.png --point 1,1 --device cuda:99", "CUDA"),
-    ("photo.png --everything --json no/m.json", "no/m.json"),
     ("photo.png --everything --point 1,1", "--everything takes no"),
     ("photo.png --everything --points-per-side 0", "points_per_side 0")])
 def test_mistakes_at_sam_end_in_one_line(tmp_path, tiny_files, capsys, arguments, words):
