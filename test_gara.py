@@ -1312,30 +1312,21 @@ def test_gated_linear_compiles_to_one_graph():
 # ---- GaRA: the gates ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("temperature", [0.1, 3])
-def test_gumbel_sigmoid_chances(temperature):
-    """The noise is one Gumbel variable, so P(z + G > 0) = 1 - exp(-exp(z)) at any temperature; bound: four sigma."""
-    torch.manual_seed(1)
-    n = 100_000
-    for logit in (-3.0, 0.0, 1.0):
-        p = 1 - math.exp(-math.exp(logit))
-        out = gara.gumbel_sigmoid(torch.full((n,), logit), temperature)
-        assert out.unique().tolist() == [0, 1]  # exactly
-        assert abs(out.mean().item() - p) < 4 * math.sqrt(p * (1 - p) / n)
-    without = gara.gumbel_sigmoid(torch.tensor([-3, -1e-9, 0, 1e-9]), temperature, training=False)
-    assert without.tolist() == [0, 0, 0, 1]
-
-@pytest.mark.parametrize("temperature", [0.2, 1])
-def test_gumbel_sigmoid_gradient_is_that_of_the_sigmoid(temperature):
-    """Of sigmoid((z + G) / T) for the same G = -log(E), E exponential."""
-    logits = torch.linspace(-4, 4, 50, dtype=torch.float64, requires_grad=True)
+def test_gumbel_sigmoid_by_its_noise(temperature):
+    """G = -log(E), E exponential: 1[z + G > 0], with chance 1 - exp(-exp(z)) at any temperature, within four sigma;
+    the gradient is that of sigmoid((z + G) / T). Without training 1[z > 0]."""
+    logits = torch.tensor([-3.0, 0, 1], dtype=torch.float64)[:, None].expand(3, 100_000).clone().requires_grad_()
     torch.manual_seed(2)
     out = gara.gumbel_sigmoid(logits, temperature)
     grad, = torch.autograd.grad(out.sum(), logits)
     torch.manual_seed(2)
-    noisy = logits.detach() - torch.empty(50, dtype=torch.float64).exponential_().log()
+    noisy = logits.detach() - torch.empty_like(logits).exponential_().log()
     s = 1 / (1 + torch.exp(-noisy / temperature))
     assert torch.equal(out.detach(), (noisy > 0).double())
-    assert torch.allclose(grad, s * (1 - s) / temperature, rtol=1e-9, atol=0)
+    assert torch.allclose(grad, s * (1 - s) / temperature, rtol=1e-9, atol=1e-12)
+    p = 1 - torch.exp(-torch.exp(logits.detach()[:, 0]))
+    assert ((out.mean(1) - p).abs() < 4 * (p * (1 - p) / 100_000).sqrt()).all()
+    assert gara.gumbel_sigmoid(torch.tensor([-1e-9, 0, 1e-9]), temperature, training=False).tolist() == [0, 0, 1]
 
 def by_hand(layer, tokens):
     """GaRA on tokens (n, 160) that decide together, from the gates' raw logits: y (n, 480), the space chosen."""
@@ -1779,7 +1770,6 @@ def draws(name, seed):
 def test_registry():
     assert list(CORRUPTIONS) == list(RANGES)
     assert list(data.CONDITIONS) == ["clear", *RANGES]
-    assert not CORRUPTIONS.keys() & OTHERS.keys()
 
 @pytest.mark.parametrize("name", ALL)
 def test_corruption_contract(name):
