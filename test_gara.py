@@ -1670,7 +1670,7 @@ def test_gates_of_every_method_have_a_graph(method):
 
 @pytest.mark.parametrize("size, points, labels, prompt", [
     ((60, 90), [[40, 30], [0, 0]], [1, -1], ONE_POINT),
-    ((300, 200), [[40, 30], [3, 3], [80, 50]], [1, 2, 3], ONE_POINT | dict(box=[3, 3, 80, 50], multimask_output=False)),
+    ((99, 80), [[40, 30], [3, 3], [80, 50]], [1, 2, 3], ONE_POINT | dict(box=[3, 3, 80, 50], multimask_output=False)),
     ((77, 77), [[3, 3], [60, 50]], [2, 3], dict(box=[3, 3, 60, 50], mask_input=np.full((1, 64, 64), -3)))])
 def test_exported_decoders_have_the_official_inputs_and_outputs(exported, size, points, labels, prompt):
     """The graph chooses one of the masks; Decoder, of which it is made, gives four, that of clear prompts first."""
