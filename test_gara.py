@@ -873,75 +873,51 @@ def test_mistakes_at_sam_end_in_one_line(tmp_path, tiny_files, capsys, arguments
 # ---- GaRA: the operation --------------------------------------------------------------------------------------------
 
 def operands(sizes=None, dtype=torch.float64, device="cpu", update=1.0):
-    """x, weight, bias, A, B, mask for gated_linear, random but always the same.
-
-    sizes: of N images with `tokens` of width d, G matrices of o rows, r components; flat: one matrix, A and B without
-    the leading 1; per_token: the mask, too, is each token's own.
-    """
-    size = dict(N=2, tokens=(5,), d=4, o=3, r=6, G=3, flat=False, per_token=False) | (sizes or {})
-    N, d, o, r, G = (size[name] for name in ("N", "d", "o", "r", "G"))
+    """x, weight, bias, A, B, mask for gated_linear, random but always the same: G matrices of o rows (of a single one
+    without the leading 1), and N images with `tokens` of width d; per_token: each has its own mask."""
+    size = dict(N=2, tokens=(5,), d=4, o=3, r=6, G=3, per_token=False) | (sizes or {})
+    N, tokens, d, o, r, G, per_token = size.values()
+    matrices = () if G == 1 else (G,)
     rng = torch.Generator().manual_seed(0)
 
     def draw(*shape, scale=1.0):
-        return torch.randn(shape, generator=rng, dtype=torch.float64) * scale
+        values = scale * torch.randn(shape, generator=rng, dtype=torch.float64)
+        return values.to(device, dtype).requires_grad_()
 
-    x = draw(N, *size["tokens"], d)
-    weight, bias = draw(G * o, d, scale=d ** -0.5), draw(G * o)
-    A, B = draw(G, r, d, scale=d ** -0.5), draw(G, o, r, scale=update * r ** -0.5)
-    mask = draw(N, *size["tokens"], r) if size["per_token"] else draw(N, r)
-    if size["flat"]:
-        A, B = A[0], B[0]
-    return [t.to(device, dtype).requires_grad_() for t in (x, weight, bias, A, B, mask)]
+    x = draw(N, *tokens, d)
+    weight = draw(G * o, d, scale=d ** -0.5)
+    bias = draw(G * o)
+    A = draw(*matrices, r, d, scale=d ** -0.5)
+    B = draw(*matrices, o, r, scale=update * r ** -0.5)
+    mask = draw(N, *tokens, r) if per_token else draw(N, r)
+    return [x, weight, bias, A, B, mask]
 
 def plain_gated_linear(x, weight, bias, A, B, mask):
-    """Equation 7, token by token and matrix by matrix."""
-    if A.dim() == 2:
-        A, B = A[None], B[None]
-    o, shape, r = B.shape[1], x.shape[:-1], A.shape[1]
-    if mask.dim() == 2:  # one of each image
-        mask = mask.view(len(x), *[1] * (x.dim() - 2), r).expand(*shape, r)
-    out = []
-    for token, m in zip(x.flatten(0, -2), mask.flatten(0, -2)):
-        blocks = [weight[g * o:(g + 1) * o] + B[g] @ torch.diag(m) @ A[g] for g in range(len(A))]
-        out.append(torch.cat(blocks) @ token + bias)
-    return torch.stack(out).view(*shape, -1)
+    """Equation 7, which builds the weights of each token."""
+    tokens, masks = x.flatten(0, -2), mask.flatten(0, -2)
+    masks = masks.repeat_interleave(len(tokens) // len(masks), 0)  # one of each image, or of each token already
+    A, B = A.reshape(-1, *A.shape[-2:]), B.reshape(-1, *B.shape[-2:])
+    updates = torch.einsum("gor, tr, grd -> tgod", B, masks, A).flatten(1, 2)
+    y = torch.einsum("tod, td -> to", weight + updates, tokens) + bias
+    return y.view(*x.shape[:-1], -1)
 
-FORMS = pytest.mark.parametrize("form", ["merged", "factored", "cheaper"])
-SIZES = pytest.mark.parametrize("sizes, dtype, tolerance", [
+@pytest.mark.parametrize("form", ["merged", "factored", "cheaper"])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes, dtype, tolerance", [
     (dict(), torch.float64, 1e-12),
-    (dict(G=1, flat=True, o=5, d=3, r=2), torch.float64, 1e-12),
-    (dict(N=1, tokens=(1,), r=9), torch.float64, 1e-12),
+    (dict(G=1, N=1, tokens=(1,), r=9), torch.float64, 1e-12),
     (dict(N=3, tokens=(8, 8), d=96, o=96, r=40), torch.float32, 1e-5),
-    (dict(tokens=(2, 3), r=1, per_token=True), torch.float64, 1e-12),
-    (dict(G=1, flat=True, per_token=True), torch.float64, 1e-12)])
-
-@FORMS
-@SIZES
-@pytest.mark.parametrize("device", DEVICES)
-def test_gated_linear_is_equation_7(monkeypatch, form, sizes, dtype, tolerance, device):
-    """Without gradients, where some components are closed: those of image 1 all."""
-    monkeypatch.setattr(gara, "FORM", form)
-    tolerance = max(tolerance, 1e-4 if device == "cuda" else 0)
-    *exact, mask = operands(sizes)
-    *inputs, _ = operands(sizes, dtype, device)
-    closed = torch.arange(mask.numel()).view_as(mask) % 3 > 0
-    closed[1:2] = True
-    mask = mask.masked_fill(closed, 0)
-    with torch.no_grad():
-        y = gara.gated_linear(*inputs, mask.to(device, dtype))
-    assert y.dtype == dtype
-    assert close(y, plain_gated_linear(*exact, mask), tolerance)
-
-@FORMS
-@SIZES
-@pytest.mark.parametrize("device", DEVICES)
-def test_gradients_of_gated_linear(monkeypatch, form, sizes, dtype, tolerance, device):
-    """Of everything at once; and when only one is asked for, that one alone."""
+    (dict(tokens=(2, 3), r=1, per_token=True), torch.float64, 1e-12)])
+def test_gated_linear_is_equation_7(monkeypatch, form, device, sizes, dtype, tolerance):
+    """In values; in gradients, all at once and each alone; and without gradients, where some components are closed,
+    those of image 1 all."""
     monkeypatch.setattr(gara, "FORM", form)
     tolerance = max(tolerance, 1e-4 if device == "cuda" else 0)
     exact, inputs = operands(sizes), operands(sizes, dtype, device)
     y, expected = gara.gated_linear(*inputs), plain_gated_linear(*exact)
+    assert y.dtype == dtype
     assert close(y, expected, tolerance)
+
     dy = expected.detach() * torch.ones_like(expected).cos()
     wanted = torch.autograd.grad(expected, exact, dy)
     found = torch.autograd.grad(y, inputs, dy.to(y))
@@ -949,205 +925,168 @@ def test_gradients_of_gated_linear(monkeypatch, form, sizes, dtype, tolerance, d
         alone = [t.detach().requires_grad_(k == i) for k, t in enumerate(inputs)]
         gara.gated_linear(*alone).backward(dy.to(y))
         assert [k for k, t in enumerate(alone) if t.grad is not None] == [i]
-        assert found[i].dtype == dtype
-        assert close(found[i], want, tolerance)
         assert close(alone[i].grad, want, tolerance)
+        assert close(found[i], want, tolerance)
+        assert found[i].dtype == dtype
+
+    closed = torch.arange(exact[-1].numel()).view_as(exact[-1]) % 3 > 0
+    closed[1:2] = True
+    with torch.no_grad():
+        exact[-1].masked_fill_(closed, 0)
+        inputs[-1].masked_fill_(closed.to(device), 0)
+        assert close(gara.gated_linear(*inputs), plain_gated_linear(*exact), tolerance)
 
 def test_gated_linear_refuses_operands_that_do_not_fit():
     x, weight, bias, A, B, mask = operands()
-    for rest in ((A, B, mask[:1]), (A, B, mask[:, :2]), (A, B[:, :2], mask), (A[:2], B, mask),
-                 (A, B, mask[:, None].expand(-1, 4, -1))):
+    for rest in ((A, B, mask[:1]), (A, B[:, :2], mask), (A[:2], B, mask), (A, B, mask[:, None].expand(-1, 4, -1))):
         with refused("do not fit"):
             gara.gated_linear(x, weight, bias, *rest)
 
 WIDE = dict(N=2, tokens=(64,), d=96, o=96, r=16)
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_gated_linear_under_autocast(per_token):
+@pytest.mark.parametrize("device", DEVICES)
+def test_gated_linear_under_autocast(device, per_token):
     """bfloat16 is close to float32 in values and gradients, and parameters keep float32 gradients."""
-    inputs = operands(WIDE | dict(per_token=per_token), torch.float32)
+    inputs = operands(WIDE | dict(per_token=per_token), torch.float32, device)
     expected = gara.gated_linear(*inputs)
-    dy = expected.detach()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         y = gara.gated_linear(*inputs)
     assert y.dtype == torch.bfloat16
     assert close(y, expected, 0.02)
-    for got, want in zip(torch.autograd.grad(y, inputs, dy.bfloat16()), torch.autograd.grad(expected, inputs, dy)):
+    wanted = torch.autograd.grad(expected, inputs, expected)
+    found = torch.autograd.grad(y, inputs, expected.bfloat16())
+    for got, want in zip(found, wanted):
         assert got.dtype == torch.float32
         assert (got - want).norm() < 0.02 * want.norm()
 
 def test_small_updates_survive_autocast():
     """An update of W / 10,000 lies far below bfloat16's resolution (1/256), but is there on average over outputs."""
     x, weight, bias, A, B, mask = operands(WIDE, torch.float32, update=1e-4)
-    with torch.no_grad():
-        plain = plain_gated_linear(x, weight, bias, A, 0 * B, mask)
-        true = plain_gated_linear(x, weight, bias, A, B, mask) - plain
-        with torch.autocast("cpu", torch.bfloat16):
-            seen = gara.gated_linear(x, weight, bias, A, B, mask).float()
-            seen -= gara.gated_linear(x, weight, bias, A, 0 * B, mask).float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        seen = gara.gated_linear(x, weight, bias, A, B, mask).float()
+        seen -= gara.gated_linear(x, weight, bias, A, 0 * B, mask).float()
+    plain = plain_gated_linear(x, weight, bias, A, 0 * B, mask)
+    true = plain_gated_linear(x, weight, bias, A, B, mask) - plain
     assert true.norm() < 3e-4 * plain.norm()
     assert ((seen * true).sum() / true.square().sum()).item() == pytest.approx(1, abs=0.3)
 
-COMPILERS = os.environ.get("CXX", "g++"), "g++", "clang++", "cl"
-
-@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="needs a C++ compiler")
 def test_gated_linear_compiles_to_one_graph():
     inputs = operands(dict(tokens=(7,), d=8, o=8), torch.float32)
-    y, expected = torch.compile(gara.gated_linear, fullgraph=True)(*inputs), gara.gated_linear(*inputs)
+    compiled = torch.compile(gara.gated_linear, fullgraph=True, backend="aot_eager")  # which needs no C++ compiler
+    y, expected = compiled(*inputs), gara.gated_linear(*inputs)
     assert close(y, expected)
-    compiled = torch.autograd.grad(y.square().sum(), inputs)
-    for got, want in zip(compiled, torch.autograd.grad(expected.square().sum(), inputs)):
+    wanted = torch.autograd.grad(expected.square().sum(), inputs)
+    for got, want in zip(torch.autograd.grad(y.square().sum(), inputs), wanted):
         assert close(got, want)
 
 # ---- GaRA: the gates ------------------------------------------------------------------------------------------------
 
-def test_gumbel_sigmoid_without_training_is_a_threshold():
-    logits = torch.tensor([-3, -1e-9, 0, 1e-9, 5.])
-    assert gara.gumbel_sigmoid(logits, 0.5, training=False).tolist() == [0, 0, 0, 1, 1]
-
-@pytest.mark.parametrize("temperature", [0.1, 0.5, 3])
-@pytest.mark.parametrize("logit", [-3, -1, 0, 0.4, 1, 2])
-def test_gumbel_sigmoid_chances(logit, temperature):
-    """The noise is one Gumbel variable, so P(z + G > 0) = 1 - exp(-exp(z)) at any temperature; bound: four sigma."""
-    torch.manual_seed(1)
-    n, p = 100_000, 1 - math.exp(-math.exp(logit))
-    out = gara.gumbel_sigmoid(torch.full((n,), float(logit)), temperature)
-    assert out.unique().tolist() == [0, 1]  # exactly
-    assert abs(out.mean().item() - p) < 4 * math.sqrt(p * (1 - p) / n)
-
-@pytest.mark.parametrize("temperature", [0.2, 0.5, 1])
-def test_gumbel_sigmoid_gradient_is_that_of_the_sigmoid(temperature):
-    """Of sigmoid((z + G) / T) for the same G = -log(E), E exponential."""
-    logits = torch.linspace(-4, 4, 50, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("temperature", [0.1, 3])
+def test_gumbel_sigmoid_by_its_noise(temperature):
+    """G = -log(E), E exponential: 1[z + G > 0], with chance 1 - exp(-exp(z)) at any temperature, within four sigma;
+    the gradient is that of sigmoid((z + G) / T). Without training 1[z > 0]."""
+    logits = torch.tensor([-3.0, 0, 1], dtype=torch.float64)[:, None].expand(3, 100_000).clone().requires_grad_()
     torch.manual_seed(2)
     out = gara.gumbel_sigmoid(logits, temperature)
     grad, = torch.autograd.grad(out.sum(), logits)
     torch.manual_seed(2)
-    noisy = logits.detach() - torch.empty(50, dtype=torch.float64).exponential_().log()
+    noisy = logits.detach() - torch.empty_like(logits).exponential_().log()
     s = 1 / (1 + torch.exp(-noisy / temperature))
     assert torch.equal(out.detach(), (noisy > 0).double())
-    assert torch.allclose(grad, s * (1 - s) / temperature, rtol=1e-9)
-    assert (grad > 0).all()
-
-def inputs_and_outputs(model, index, x):
-    """What goes into the adapter of a layer and comes out of it."""
-    seen = {}
-    layer = gara.adapters(model)[index]
-    hook = layer.register_forward_hook(lambda _, inputs, output: seen.update(x=inputs[0], y=output))
-    encode(model, x)
-    hook.remove()
-    return layer, seen["x"], seen["y"]
+    assert torch.allclose(grad, s * (1 - s) / temperature, rtol=1e-9, atol=1e-12)
+    p = 1 - torch.exp(-torch.exp(logits.detach()[:, 0]))
+    assert ((out.mean(1) - p).abs() < 4 * (p * (1 - p) / 100_000).sqrt()).all()
+    assert gara.gumbel_sigmoid(torch.tensor([-1e-9, 0, 1e-9]), temperature, training=False).tolist() == [0, 0, 1]
 
 def by_hand(layer, tokens):
     """GaRA on tokens (n, 160) that decide together, from the gates' raw logits: y (n, 480), the space chosen."""
     h = tokens.sum(0) / len(tokens)
     z_L, z_H, z_space = (g(h) for g in (layer.gate.g_L, layer.gate.g_H, layer.gate.g_space))
-    on = [float(z > 0) for z in (z_L if z_space < 0 else z_H)]
-    m = torch.tensor(on + [0.0] * 48 if z_space < 0 else [0.0] * 4 + on)
+    space = int(z_space > 0)
+    m = (torch.cat([z_L, z_H]) > 0).float()
+    m[:4] *= 1 - space
+    m[4:] *= space
     W, b = layer.weight.unflatten(0, (3, 160)), layer.bias.view(3, 160)
     qkv = [tokens @ W[i].T + b[i] + (tokens @ layer.A[i].T * m) @ layer.B[i].T for i in range(3)]
-    return torch.cat(qkv, 1), int(z_space > 0)
+    return torch.cat(qkv, 1), space
 
-@pytest.mark.parametrize("scope, index", [("image", 0), ("image", 3), ("window", 1)])  # layer 1 has no windows
-def test_one_layer_by_hand(scope, index):
-    """Equations 2 to 7, one image at a time."""
-    model = tiny("gara", scope=scope)
-    layer, x, y = inputs_and_outputs(model, index, pictures(0, 1, 2))
-    for n in range(3):
-        expected, space = by_hand(layer, x[n].flatten(0, 1))
-        assert close(y[n].flatten(0, 1), expected)
-        assert layer.space[n] == space
-
-@pytest.mark.parametrize("height, width", [(16, 16), (12, 20)])
-def test_one_layer_window_by_window(height, width):
-    """With scope="window": cut the windows, of which the last may be cut off, and adapt each by itself."""
-    model = tiny("gara", scope="window")
-    layer, rng = gara.adapters(model)[0], torch.Generator().manual_seed(0)
-    x = torch.randn(2, 2, 3, 160, generator=rng).repeat_interleave(8, 1).repeat_interleave(8, 2)  # windows that differ
-    x = x[:, :height, :width] + torch.randn(2, height, width, 160, generator=rng)
+@pytest.mark.parametrize("scope, index, height, width", [
+    ("image", 0, 16, 16), ("window", 1, 16, 16),  # layer 1 has no windows
+    ("window", 0, 16, 16), ("window", 0, 12, 20)])
+def test_one_layer_by_hand(scope, index, height, width):
+    """Equations 2 to 7 for an image or, where windows decide, for each window, of which the last may be cut off."""
+    layer, rng = gara.adapters(tiny("gara", scope=scope))[index], torch.Generator().manual_seed(0)
+    x = torch.randn(6, 2, 3, 160, generator=rng).repeat_interleave(8, 1).repeat_interleave(8, 2)  # windows that differ
+    x = x[:, :height, :width] + torch.randn(6, height, width, 160, generator=rng)
     with torch.no_grad():
         y = layer(x)
-    windows = list(itertools.product(range(2), range(0, height, 8), range(0, width, 8)))
     spaces = layer.space.flatten().tolist()
-    for (n, top, left), space in zip(windows, spaces, strict=True):
-        cut = slice(top, top + 8), slice(left, left + 8)
-        expected, chosen = by_hand(layer, x[n][cut].flatten(0, 1))
-        assert close(y[n][cut].flatten(0, 1), expected)
+    side = 8 if (scope, index) == ("window", 0) else 16
+    corners = itertools.product(range(6), range(0, height, side), range(0, width, side))
+    for (n, top, left), space in zip(corners, spaces, strict=True):
+        cut = n, slice(top, top + side), slice(left, left + side)
+        expected, chosen = by_hand(layer, x[cut].flatten(0, 1))
+        assert close(y[cut].flatten(0, 1), expected)
         assert chosen == space
     assert set(spaces) == {0, 1}
 
-RANKS = {"gara": (4, 48), "gara_flat": (4,), "gara_space": (4, 48), "gara_random": (4, 48), "lora": (4,),
-         "moe_lora": (1, 4, 24, 48)}
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("method", ["gara_space", "lora", "moe_lora"])
-def test_one_set_is_open_as_a_whole(method, training):
-    model, ranks, chosen = tiny(method).train(training), RANKS[method], set()
-    encode(model, pictures(0, 1, 2, 3))
-    for layer in gara.gates(model):
-        for space, vector in zip(layer["space"].tolist(), layer["vector"]):
-            first = sum(ranks[:space])
-            assert vector.nonzero().flatten().tolist() == list(range(first, first + ranks[space]))
-            chosen.add(space)
-    assert len(chosen) > 1 or method == "lora"
-
 @pytest.mark.parametrize("scope", gara.SCOPES)
 def test_random_gates_are_fair_coins_of_each_image(scope):
-    """In evaluation as well: all open as often as not, others in another image or layer, the same for the same one."""
+    """In evaluation as well: others in another image or layer, the same for the same one."""
     model = tiny("gara_random", scope=scope)
-    images = torch.rand(60, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(30, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     encode(model, images)
     layers = gara.gates(model)
     for layer in layers:
-        vectors, space = layer["vector"].view(-1, 52), layer["space"].flatten()
-        n = len(space)
-        assert abs(space.float().mean() - 0.5) < 4 * math.sqrt(0.25 / n)
-        assert not vectors[space == 1, :4].any()
-        assert not vectors[space == 0, 4:].any()
-        assert abs(vectors[space == 1, 4:].float().mean() - 0.5) < 4 * math.sqrt(0.25 / (24 * n))
+        vectors, high = layer["vector"].view(-1, 52), layer["space"].flatten() == 1
+        assert abs(high.float().mean() - 0.5) < 4 * math.sqrt(0.25 / len(high))
+        assert abs(vectors[high, 4:].float().mean() - 0.5) < 4 * math.sqrt(0.25 / (24 * len(high)))
+        assert not vectors[high, :4].any()
+        assert not vectors[~high, 4:].any()
     assert not torch.equal(layers[1]["vector"], layers[3]["vector"])  # both decide for whole images
-    encode(model, images[30:31])
+    encode(model, images[20:21])
     for again, layer in zip(gara.gates(model), layers):
-        assert torch.equal(again["vector"][0], layer["vector"][30])
+        assert torch.equal(again["vector"][0], layer["vector"][20])
 
-@pytest.mark.parametrize("method, scope", [*[(method, "image") for method in gara.METHODS], ("gara", "window")])
-def test_gates_report_every_layer(method, scope):
-    """Where windows decide, row by row; always the last pass, not the one before."""
-    options = dict(scope=scope) if scope == "window" else {}
-    model, rank = tiny(method, **options), sum(RANKS[method])
+@pytest.mark.parametrize("method, options, ranks", [
+    ("gara", dict(scope="window"), (4, 48)), ("gara_space", {}, (4, 48)), ("lora", {}, (4,)),
+    ("moe_lora", dict(scope="window"), (1, 4, 24, 48))])
+@pytest.mark.parametrize("training", [False, True])
+def test_gates_report_every_layer(method, options, ranks, training):
+    """Where windows decide, row by row; of the last pass. All methods but GaRA open one of the sets, as a whole."""
+    model, chosen = tiny(method, **options).train(training), set()
+    with refused("attach", "encode", kind=RuntimeError):
+        gara.gates(model)
     encode(model, pictures(4))
     encode(model, pictures(0, 1, 2))
-    report = gara.gates(model)
-    assert [layer["layer"] for layer in report] == list(range(6))
-    for layer, adapter in zip(report, gara.adapters(model)):
+    for i, (layer, adapter) in enumerate(zip(gara.gates(model), gara.adapters(model), strict=True)):
         decisions = (3, 4) if adapter.window else (3,)
-        assert layer["vector"].shape == (*decisions, rank)
+        assert layer["layer"] == i
         assert layer["space"].shape == decisions
+        assert torch.equal(layer["vector"], adapter.mask.view(*decisions, sum(ranks)) == 1)
         assert torch.equal(layer["count"], layer["vector"].sum(-1))
-        assert torch.equal(layer["vector"], adapter.mask.view(*decisions, rank) == 1)
+        chosen |= set(layer["space"].flatten().tolist())
+        if method != "gara":
+            set_of = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+            assert torch.equal(layer["vector"], layer["space"][..., None] == set_of)
+    assert len(chosen) > 1 or method == "lora"
 
-def test_gates_need_a_forward_pass():
-    for model in (tiny(), gara.attach(tiny(), "gara")):
-        with refused("attach", "encode", kind=RuntimeError):
-            gara.gates(model)
+KINDS = pytest.mark.parametrize("method, options", [
+    *itertools.product(gara.METHODS, [{}]), ("gara", dict(scope="window"))])
 
-# Every kind of adapter: each method, and those that decide in both scopes.
-KINDS = [(method, {}) for method in gara.METHODS] + [("gara", dict(scope="window")), ("moe_lora", dict(scope="window"))]
-
-@pytest.mark.parametrize("method, options", KINDS)
+@KINDS
 def test_evaluation_is_free_of_noise_and_image_by_image(method, options):
     model = tiny(method, **options)
-    first = encode(model, pictures(0, 1, 2))
-    assert torch.equal(encode(model, pictures(0, 1, 2)), first)
-    other = encode(model, pictures(0, 3, 2))
-    assert torch.equal(other[0], first[0])
-    assert torch.equal(other[2], first[2])
+    first, other = encode(model, pictures(0, 1, 2)), encode(model, pictures(0, 3, 2))
+    assert torch.equal(other[::2], first[::2])
     assert not close(other[1], first[1], 1e-2)
     assert close(encode(model, pictures(2)), first[2:], 1e-4)
 
-@pytest.mark.parametrize("method, options", KINDS)
-def test_training_draws_noise_and_its_gradient_reaches_every_gate(method, options):
-    model, x = tiny(method, **options).train(), pictures(0, 1, 2, 3, 4, 5)
+@KINDS
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_draws_noise_and_its_gradient_reaches_every_gate(device, method, options):
+    model, x = tiny(method, **options).train().to(device), pictures(0, 1, 2, 3).to(device)
     for gate in [layer.gate for layer in gara.adapters(model) if method in ("gara", "gara_space")]:
         gate.g_space[-1].weight.data *= 0.1  # each set of components is chosen by every second image or so
         gate.g_space[-1].bias.data.fill_(-0.4)
@@ -1155,8 +1094,6 @@ def test_training_draws_noise_and_its_gradient_reaches_every_gate(method, option
     first = model.image_encoder(x)
     (first.square().sum() + model.image_encoder(x).square().sum()).backward()
     learnable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    tensors = {"gara": 4 + 6 + 6, "gara_flat": 6, "gara_space": 4, "gara_random": 0, "lora": 0, "moe_lora": 4}[method]
-    assert len(learnable) == 6 * (2 + tensors)
     assert [name for name, p in learnable.items() if p.grad is None or not p.grad.any()] == []
     assert all(p.grad is None for name, p in model.named_parameters() if name not in learnable)
     assert close(encode(model, x), first, 1e-3) == (method == "lora")
@@ -1165,74 +1102,52 @@ def test_training_draws_noise_and_its_gradient_reaches_every_gate(method, option
 
 # ---- GaRA: on a SAM -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("method, options", KINDS)
-def test_attach_changes_nothing_until_trained(method, options):
+@KINDS
+def test_attach_changes_nothing_until_trained_and_detach_takes_it_off(method, options):
     model, x = tiny(), pictures(0, 1, 2)
     names, plain = list(model.state_dict()), encode(model, x)
     assert gara.attach(model, method, **options) is model
-    untrained = encode(model, x), encode(model.train(), x)
-    assert not close(encode(train_by_chance(model.eval()), x), plain, 1e-2)  # first of all: it does act
-    assert torch.equal(untrained[0], plain)
-    assert torch.equal(untrained[1], plain)
     learnable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert learnable.isdisjoint(names)
     assert all(re.search(r"\.attn\.qkv\.(A|B|gate\.)", name) for name in learnable)
+    assert torch.equal(encode(model.train(), x), plain)
+    assert torch.equal(encode(model.eval(), x), plain)
+    with refused(method, "detach"):
+        gara.attach(model, "gara")
 
-@pytest.mark.parametrize("method, options", KINDS)
-def test_detach_takes_the_adapter_off(method, options):
-    model, x = tiny(), pictures(0, 1, 2)
-    names, plain = list(model.state_dict()), encode(model, x)
-    assert gara.detach(train_by_chance(gara.attach(model, method, **options))) is model
+    assert not close(encode(train_by_chance(model), x), plain, 1e-2)
+    assert gara.detach(model) is model
     assert torch.equal(encode(model, x), plain)
     assert list(model.state_dict()) == names
     assert all(p.requires_grad for p in model.parameters())
-    model.load_state_dict(tiny_weights(), strict=True)
     gara.attach(model, method)  # and again
 
-def test_attach_is_bit_equal_at_the_size_of_vit_b():
-    torch.manual_seed(0)
+@pytest.mark.parametrize("window", [0, 14])
+def test_attach_is_bit_equal_at_the_size_of_vit_b(window):
     linear, x = sam.Linear(768, 2304), torch.randn(1, 64, 64, 768)
-    for gate, window in ((gara.GaraGate(768, 16, 256, 0.5), 0), (gara.GaraGate(768, 16, 256, 0.5), 14),
-                         (gara.OpenGate(768, 16), 0)):
-        for grad in (False, True):
-            with torch.set_grad_enabled(grad):
-                assert torch.equal(gara.Adapter(linear, gate, window)(x), linear(x))
+    adapter = gara.Adapter(linear, gara.GaraGate(768, 16, 256, 0.5), window)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(adapter(x), linear(x))
 
-def mlp_size(*widths):
-    return sum(i * o + o for i, o in zip(widths, widths[1:]))
-
-def expected_count(method, d, depth):
-    """Parameters from the layers' widths: A and B for q, k and v, and the gate's MLPs."""
-    ranks = RANKS[method]
-    if d > 160:  # the paper's
-        ranks = {(4, 48): (16, 256), (4,): (16,), (1, 4, 24, 48): (2, 16, 128, 256)}[ranks]
-    space = mlp_size(d, 64, 1)
-    components = sum(mlp_size(d, 16, 16, rank) for rank in ranks)
-    gate = {"gara": space + components, "gara_flat": components, "gara_space": space, "gara_random": 0, "lora": 0,
-            "moe_lora": mlp_size(d, 64, 4)}[method]
-    return depth * (3 * 2 * d * sum(ranks) + gate)
-
-@pytest.mark.parametrize("method", gara.METHODS)
-@pytest.mark.parametrize("backbone, d, depth", [
-    ("vit_t", 160, 6), ("vit_b", 768, 12), ("vit_l", 1024, 24), ("vit_h", 1280, 32)])
-def test_parameter_counts(method, backbone, d, depth):
+@pytest.mark.parametrize("backbone, method, count", [
+    ("vit_b", "gara", 15_989_196), ("vit_l", "gara", 42_595_224),  # both are the paper's
+    ("vit_b", "gara_flat", 12 * (6 * 768 * 16 + 769 * 16 + 17 * 16 + 17 * 16)),
+    ("vit_h", "gara_space", 32 * (6 * 1280 * (16 + 256) + 1281 * 64 + 65)),
+    ("vit_b", "gara_random", 12 * 6 * 768 * (16 + 256)), ("vit_b", "lora", 12 * 6 * 768 * 16),
+    ("vit_t", "moe_lora", 6 * (6 * 160 * (1 + 4 + 24 + 48) + 161 * 64 + 65 * 4))])
+def test_parameter_counts(backbone, method, count):
+    """In each layer A and B of q, k and v, and the gate's MLPs."""
     with torch.device("meta"):
         model = gara.attach(sam.build_sam(backbone), method)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert count == expected_count(method, d, depth)
-
-def test_parameter_counts_by_the_widths_of_the_appendix():
-    assert expected_count("gara", 768, 12) == 15_989_196
-    assert expected_count("gara", 1024, 24) == 42_595_224
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 @pytest.mark.parametrize("method, options, word", [
-    ("dora", {}, "gara, gara_flat, gara_space, gara_random, lora, moe_lora"),
-    ("lora", dict(rank_low=3), "rank_low"), ("lora", dict(scope="window"), "scope"), ("gara", dict(rank=3), "rank"),
-    ("gara_random", dict(temperature=1), "temperature"), ("lora", dict(rank=-1), "-1"), ("lora", dict(rank=2.5), "2.5"),
-    ("lora", dict(rank="8"), "8"), ("lora", dict(rank=641), "641"), ("moe_lora", dict(experts=()), "()"),
-    ("moe_lora", dict(experts=(1, 0)), "(1, 0)"), ("moe_lora", dict(experts=[640] * 3), "1280"),
-    ("gara", dict(temperature=0), "temperature"), ("gara", dict(temperature=math.nan), "nan"),
-    ("gara", dict(scope="layer"), "image, window")])
+    ("dora", {}, "gara, gara_flat, gara_space, gara_random, lora, moe_lora"), ("lora", dict(scope="window"), "scope"),
+    ("gara", dict(scope="layer"), "image, window"), ("gara", dict(temperature=0), "temperature"),
+    ("gara", dict(temperature=math.nan), "nan"), ("lora", dict(rank=-1), "-1"), ("lora", dict(rank=2.5), "2.5"),
+    ("lora", dict(rank=641), "641"), ("moe_lora", dict(experts=()), "()"), ("moe_lora", dict(experts="48"), "48"),
+    ("moe_lora", dict(experts=(1, 0)), "(1, 0)"), ("moe_lora", dict(experts=[640] * 3), "1280")])
 def test_attach_refuses(method, options, word):
     model = tiny()
     with refused(word):
@@ -1240,169 +1155,127 @@ def test_attach_refuses(method, options, word):
     assert gara.adapters(model) == []
     assert all(p.requires_grad for p in model.parameters())
 
-def test_attach_refuses_a_second_adapter():
-    with refused("lora", "detach"):
-        gara.attach(tiny("lora"), "gara")
-
 # ---- GaRA: adapter files --------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def saved(tmp_path):
-    """Saves an adapter of a method and gives its path."""
-    def save(method="gara", **options):
-        gara.save_adapter(tiny(method, **options), tmp_path / "a.pt")
-        return tmp_path / "a.pt"
-    return save
-
 @pytest.mark.parametrize("method, options", [
-    ("gara", {}), ("gara", dict(scope="window")), ("gara_flat", dict(rank=9, temperature=1.5)),
-    ("gara_space", dict(rank_low=2)), ("gara_random", {}), ("lora", dict(rank=2)), ("moe_lora", dict(experts=(3, 5)))])
+    ("gara", dict(scope="window")), ("gara_flat", dict(rank=9, temperature=1.5)), ("gara_space", dict(rank_low=2)),
+    ("gara_random", {}), ("lora", {}), ("moe_lora", dict(experts=(3, 5)))])
 def test_save_and_load_adapter(tmp_path, method, options):
     model, path, x = tiny(method, **options), tmp_path / "a.pt", pictures(0, 1)
     gara.save_adapter(model, path)
     assert os.listdir(tmp_path) == ["a.pt"]
-
     weights, expected, fresh = torch.load(path, weights_only=True)["weights"], encode(model, x), tiny()
     assert weights.keys() == model.state_dict().keys() - tiny_weights().keys()
     assert path.stat().st_size < 4 * sum(value.numel() for value in weights.values()) + 60_000  # the adapter alone
-    assert not torch.equal(encode(fresh, x), expected)
+
     gara.load_adapter(fresh, path)
     assert torch.equal(encode(fresh, x), expected)
     assert fresh.adapter == model.adapter
+    gara.load_adapter(train_by_chance(fresh, seed=1), path)  # an equal adapter is filled
+    assert torch.equal(encode(fresh, x), expected)
 
-    again = train_by_chance(gara.attach(tiny(), method, **options), seed=1)  # an equal adapter is filled
-    gara.load_adapter(again, path)
-    assert torch.equal(encode(again, x), expected)
+def test_metadata_is_read_as_it_was_given_but_plain(tmp_path):
+    given = {"state": torch.arange(3), "losses": [0.5, (None, "a")], np.int64(3): np.float32(0.5), "on": np.True_,
+             "backwards": np.arange(6)[::-2], "name": np.str_("b")}
+    expected = {"state": torch.arange(3), "losses": [0.5, (None, "a")], 3: 0.5, "on": True,
+                "backwards": torch.tensor([5, 3, 1]), "name": "b"}
+    gara.save_adapter(tiny("lora"), tmp_path / "a.pt", about=given)
+    found = gara.load_adapter(tiny(), tmp_path / "a.pt")
+    assert repr(found) == repr(dict(about=expected))  # which tells NumPy's numbers from Python's
 
-@pytest.mark.parametrize("value, expected", [
-    (dict(step=7, losses=[0.5, (None, "a")]), dict(step=7, losses=[0.5, (None, "a")])),
-    (dict(state=torch.arange(3)), dict(state=torch.arange(3))),
-    ({np.int64(3): np.float32(0.5), "on": np.True_}, {3: 0.5, "on": True}),
-    (np.arange(6)[::-2], torch.tensor([5, 3, 1])),
-    (np.str_("a"), "a")])
-def test_metadata_is_read_as_it_was_given_but_plain(tmp_path, value, expected):
-    gara.save_adapter(tiny("lora"), tmp_path / "a.pt", about=value)
-    found = gara.load_adapter(tiny(), tmp_path / "a.pt")["about"]
-    assert same(found, expected)
-    assert type(found) is type(expected)
+@pytest.fixture(scope="module")
+def adapter_file(tmp_path_factory):
+    """The file of an adapter, "gara", which tests only read."""
+    path = tmp_path_factory.mktemp("adapter") / "a.pt"
+    gara.save_adapter(tiny("gara"), path)
+    return path
 
-@pytest.mark.parametrize("value", [lambda: 1, object(), signal.SIGTERM, {1, 2}, np.array([None]), [Counter]])
-def test_a_failed_save_keeps_the_old_file(saved, tmp_path, value):
-    path = saved("lora")
-    old = path.read_bytes()
-    with refused("not saved", "numbers"):
-        gara.save_adapter(tiny("lora"), path, about=[value])
-    assert path.read_bytes() == old
+def test_a_failed_save_keeps_the_old_file(tmp_path):
+    model, path = tiny("lora"), tmp_path / "a.pt"
+    path.write_text("old")
+    for value in (lambda: 1, signal.SIGTERM, {1, 2}, np.array([None]), [Counter]):
+        with refused("not saved", "numbers"):
+            gara.save_adapter(model, path, about=[value])
+    gara.adapters(model)[2].A.data[0, 0, 0] = math.nan
+    with refused("blocks.2.attn.qkv.A", "NaN"):
+        gara.save_adapter(model, path)
+    with refused("attach"):
+        gara.save_adapter(tiny(), path)
+    assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.pt"]
 
-def test_only_sound_adapters_are_saved(tmp_path):
-    model = tiny("lora")
-    with torch.no_grad():
-        gara.adapters(model)[2].A[0, 0, 0] = math.nan
-    with refused("blocks.2.attn.qkv.A", "NaN"):
-        gara.save_adapter(model, tmp_path / "a.pt")
-    with refused("attach"):
-        gara.save_adapter(tiny(), tmp_path / "a.pt")
-    assert os.listdir(tmp_path) == []
+@pytest.fixture(scope="module")
+def targets():
+    """A SAM, and one with an adapter like that of `adapter_file`: tests that leave them as they are share them."""
+    models = tiny(), train_by_chance(gara.attach(tiny(), "gara"), seed=1)
+    for model in models:
+        model.mask_decoder.requires_grad_(False)
+    return models
 
 A2 = "image_encoder.blocks.2.attn.qkv.A"
 
 @pytest.mark.parametrize("change, words", [
-    (lambda c: c["weights"].pop(A2), A2),
-    (lambda c: c["weights"].update({A2 + "2": torch.ones(1)}), A2 + "2"),
-    (lambda c: c["weights"].update({"a\nb": torch.ones(1)}), "unknown"),
-    (lambda c: c["weights"].update({A2: torch.ones(3, 52, 161)}), A2),
-    (lambda c: c["weights"].update({A2: torch.full((3, 52, 160), 1e300, dtype=torch.double)}), A2),
-    (lambda c: c["weights"][A2][1, 2, :3].fill_(math.nan), A2),
-    (lambda c: c.update(method="dora"), "unknown method 'dora'"),
-    (lambda c: c.update(method="moe_lora", options=dict(experts=[640] * 10**6)), "rank"),
-    (lambda c: c["options"].update(rank_low=0), "rank"),
-    (lambda c: c["options"].update(rank_low=3), "wrong shape"),
-    (lambda c: c.update(backbone="vit_b"), "adapts vit_b"),
-    (lambda c: c.update(backbone="vit\ng"), "vit_t, vit_b"),
-    (lambda c: c.update(image_size=64), "image size 64"),
-    (lambda c: c.pop("image_size"), "'image_size'"),
-    (lambda c: c.update(base=torch.ones(9)), "other vit_t weights"),
-    (lambda c: c.update(format="gara-sam adapter 1"), "train it again"),
-    (lambda c: c.clear(), "not an adapter file"),
-    (lambda c: c.update(tiny_weights(), format=0), "SAM checkpoint"),
-    (lambda c: c.update(model=prefixed("module.")), "SAM checkpoint"),
-    (b"not weights\n" * 100, "not a readable")])
-@pytest.mark.parametrize("adapted", [False, True])
-def test_adapter_files_that_are_refused(saved, change, words, adapted):
+    (dict(weights={A2 + "2": torch.ones(1)}), A2 + "2"), (dict(weights={"a\nb": torch.ones(1)}), "unknown"),
+    (dict(weights={A2: None}), A2), (dict(weights={A2: torch.ones(3, 52, 161)}), A2),
+    (dict(weights={A2: torch.ones(3, 52, 160).index_fill(1, torch.tensor(2), math.nan)}), A2),
+    (dict(weights={A2: torch.full((3, 52, 160), 1e300, dtype=torch.double)}), A2),
+    (dict(method="dora"), "unknown method 'dora'"), (dict(options=dict(rank_low=3)), "wrong shape"),
+    (dict(method="moe_lora", options=dict(experts=[640] * 10**4)), "rank"),
+    (dict(backbone="vit_b"), "adapts vit_b"), (dict(backbone="vit\ng"), "vit_t, vit_b"),
+    (dict(image_size=64), "image size 64"), (dict(image_size=None), "'image_size'"),
+    (dict(base=torch.ones(9)), "other vit_t weights"),
+    (dict(format="gara-sam adapter 2", base="5d9c"), "other vit_t weights"),
+    (dict(format="gara-sam adapter 1"), "train it again"), (dict(format=None), "not an adapter file")])
+def test_adapter_files_that_are_refused(adapter_file, targets, tmp_path, change, words):
     """In one line, and the SAM, adapted before or not, is as before, in what it answers and in what may learn."""
-    path = saved()
-    content = torch.load(path, weights_only=True)
-    if isinstance(change, bytes):
-        path.write_bytes(change)
-    else:
-        change(content)
-        torch.save(content, path)
-    target = train_by_chance(gara.attach(tiny(), "gara"), seed=1) if adapted else tiny()
-    target.mask_decoder.requires_grad_(False)
-    before = {key: value.clone() for key, value in target.state_dict().items()}
-    flags = {name: p.requires_grad for name, p in target.named_parameters()}
-    with refused(words):
-        gara.load_adapter(target, path)
-    assert same(dict(target.state_dict()), before)
-    assert {name: p.requires_grad for name, p in target.named_parameters()} == flags
+    content = torch.load(adapter_file, weights_only=True)
+    changed = content | change
+    changed["weights"] = content["weights"] | change.get("weights", {})
+    torch.save(changed, tmp_path / "a.pt")
+    for target in targets:
+        before = {key: value.clone() for key, value in target.state_dict().items()}
+        learn = [p.requires_grad for p in target.parameters()]
+        with refused(words):
+            gara.load_adapter(target, tmp_path / "a.pt")
+        assert same(dict(target.state_dict()), before)
+        assert [p.requires_grad for p in target.parameters()] == learn
 
 ODD = [None, True, -1, 0, 10**12, math.nan, math.inf, 1e300, "", "gara", "a\nb", b"x", [], [1, "a"], {}, {1: {}}, (),
        torch.tensor(1), torch.ones(2, 2), torch.empty(0), torch.ones(2).to_sparse(), torch.ones(1).expand(10**9)]
 
-def places(node, path=()):
-    """Where the entries of nested dicts are."""
-    for key, value in node.items():
-        yield (*path, key)
-        if isinstance(value, dict):
-            yield from places(value, (*path, key))
-
-def test_odd_entries_in_adapter_files(saved):
-    """Are refused in one line or make no difference; SAM is left as it was."""
-    path, target = saved(), tiny()
-    content, before = torch.load(path, weights_only=True), tiny().state_dict()
-    rng, refusals = np.random.default_rng(0), 0
-    spots = list(places(content))
-    spots += 20 * [way for way in spots if way[0] != "weights"]
-    for at, value in zip(rng.integers(len(spots), size=300), rng.integers(len(ODD), size=300)):
-        changed = copy_of(content)
-        *way, last = spots[at]
-        functools.reduce(dict.__getitem__, way, changed)[last] = ODD[value]
-        torch.save(changed, path)
+def test_odd_entries_in_adapter_files(adapter_file, tmp_path):
+    """At three places in the file each is refused in one line or makes no difference to SAM."""
+    target, rng, refusals = tiny(), np.random.default_rng(0), 0
+    for value, part in itertools.product(ODD, ("", "options", "weights")):
+        content = torch.load(adapter_file, weights_only=True)
+        node = content[part] if part else content
+        node[rng.choice(list(node))] = value
+        torch.save(content, tmp_path / "a.pt")
         try:
-            gara.load_adapter(target, path)
+            gara.load_adapter(target, tmp_path / "a.pt")
         except ValueError as error:
             assert len(str(error).splitlines()) == 1
             refusals += 1
         gara.detach(target)
-        assert same(dict(target.state_dict()), dict(before))
-    assert refusals > 200
-
-def copy_of(node):
-    """The same dicts anew."""
-    return {key: copy_of(value) if isinstance(value, dict) else value for key, value in node.items()}
+        assert same(dict(target.state_dict()), tiny_weights())
+    assert refusals > 50
 
 @pytest.mark.parametrize("method, options, words", [
     ("gara", dict(rank_high=8), ["detach"]), ("lora", {}, ["lora", "detach"]),
     ("gara", dict(scope="window"), ["window", "detach"])])
-def test_adapters_are_filled_by_equal_ones_only(saved, method, options, words):
+def test_adapters_are_filled_by_equal_ones_only(adapter_file, method, options, words):
     with refused(*words):
-        gara.load_adapter(tiny(method, **options), saved())
+        gara.load_adapter(tiny(method, **options), adapter_file)
 
-def test_adapters_fit_their_base_model_only(saved):
-    other = tiny()
-    with torch.no_grad():
-        other.image_encoder.blocks[1].mlp.lin1.weight *= 1.02
+@pytest.mark.parametrize("there, here", [
+    (torch.float32, torch.float16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)])
+def test_the_base_is_known_in_any_precision(tmp_path, there, here):
+    gara.save_adapter(gara.attach(tiny().to(there).float(), "lora"), tmp_path / "a.pt")
+    model = tiny().to(here).float()
+    gara.load_adapter(model, tmp_path / "a.pt")
+    gara.detach(model).image_encoder.blocks[1].mlp.lin1.weight.data *= 1.02
     with refused("other vit_t weights"):
-        gara.load_adapter(other, saved())
-    with refused("none.pt", kind=FileNotFoundError):
-        gara.load_adapter(tiny(), "none.pt")
-
-@pytest.mark.parametrize("here", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("there", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_base_is_known_in_any_precision(tmp_path, here, there):
-    gara.save_adapter(train_by_chance(gara.attach(tiny().to(there).float(), "lora")), tmp_path / "a.pt")
-    gara.load_adapter(tiny().to(here).float(), tmp_path / "a.pt")
+        gara.load_adapter(model, tmp_path / "a.pt")
 
 def test_the_base_is_known_at_another_image_size(tmp_path, monkeypatch):
     """Where positions are interpolated, which another CPU rounds otherwise."""
@@ -1412,56 +1285,45 @@ def test_the_base_is_known_at_another_image_size(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "interpolate", lambda *a, **k: exact(*a, **k) * 1.02)
     other = sam.build_sam("vit_t", tmp_path / "w.pth", 64)
     gara.load_adapter(other, tmp_path / "a.pt")
-    assert gara.fingerprint(other) == gara.fingerprint(sam.build_sam("vit_t", tmp_path / "w.pth", 128))
+    assert gara.fingerprint(other) == gara.fingerprint(tiny())
 
-def test_adapters_of_the_earlier_format_load(saved):
-    """They keep a digest of the base, positions included."""
-    path = saved("lora")
-    content = torch.load(path, weights_only=True)
-    torch.save(content | dict(format="gara-sam adapter 2", base="5d9c"), path)
-    with refused("other vit_t weights"):
-        gara.load_adapter(tiny(), path)
-    torch.save(content | dict(format="gara-sam adapter 2", base=EARLIER_DIGEST), path)
-    gara.load_adapter(tiny(), path)
+EARLIER_DIGEST = "d4f2499fa47113bb"  # of tiny(), positions included, by the code that wrote the earlier format
 
-EARLIER_DIGEST = "d4f2499fa47113bb"  # of tiny(), by the code that wrote that format
+def test_adapters_of_the_earlier_format_load(adapter_file, tmp_path):
+    content = torch.load(adapter_file, weights_only=True)
+    torch.save(content | dict(format="gara-sam adapter 2", base=EARLIER_DIGEST), tmp_path / "a.pt")
+    gara.load_adapter(tiny(), tmp_path / "a.pt")
 
 # ---- GaRA: export and merging ---------------------------------------------------------------------------------------
 
-@pytest.fixture
-def convert(saved, tiny_files, monkeypatch):
-    """Runs `python gara.py` on an adapter of a method, a.pt, in the folder where w.pth is what it was trained on."""
-    def run(task, method, *more, **options):
-        saved(method, **options)
-        return run_cli(gara.main, task, "a.pt", "--checkpoint", "w.pth", *more)
-    return run
-
-def loaded(path="a.pt"):
-    model = tiny()
-    gara.load_adapter(model, path)
-    return model
-
 def graph(path):
     """What a file that `export` wrote computes, as a function of arrays."""
-    if path.endswith(".pt2"):
+    if path.suffix == ".pt2":
         module = torch.export.load(path).module()
         return lambda *arrays: [output.numpy() for output in module(*map(torch.from_numpy, arrays))]
     session = pytest.importorskip("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
     return lambda *arrays: session.run(None, dict(zip(names, arrays, strict=True)))
 
-def exporter(path):
-    """Skips a test where its exporter is not installed."""
-    if path.endswith(".onnx"):
-        pytest.importorskip("onnx")
+@pytest.fixture(scope="module", params=["pt2", "onnx"])
+def exported(request, tmp_path_factory):
+    """An adapted SAM, and the graphs of its two halves that `python gara.py export` wrote."""
+    folder, scope = tmp_path_factory.mktemp("exported"), "window"
+    if request.param == "onnx":
+        scope = "image"
         pytest.importorskip("onnxscript")
+    model = tiny("gara", scope=scope)
+    torch.save(tiny_weights(), folder / "w.pth")
+    gara.save_adapter(model, folder / "a.pt")
+    encoder, decoder = folder / f"e.{request.param}", folder / f"d.{request.param}"
+    assert run_cli(gara.main, "export", folder / "a.pt", "--checkpoint", folder / "w.pth", "--out", encoder,
+                   "--decoder", decoder, "--return-single-mask") == 0
+    assert set(os.listdir(folder)) == {"a.pt", "w.pth", encoder.name, decoder.name}
+    return model, graph(encoder), graph(decoder)
 
-@pytest.mark.parametrize("path, method, options", [
-    ("e.onnx", "gara", {}), ("e.pt2", "gara", dict(scope="window")), ("e.pt2", "moe_lora", {})])
-def test_exported_encoders_decide_for_each_image(convert, tmp_path, path, method, options):
-    exporter(path)
-    assert convert("export", method, "--out", path, **options) == 0
-    model, encoder, decisions = loaded(), graph(path), set()
+def test_exported_encoders_decide_for_each_image(exported):
+    model, encoder, _ = exported
+    decisions = set()
     for seed in range(4):
         embedding, gates = encoder(pictures(seed).numpy())
         assert close(embedding, encode(model, pictures(seed)), 1e-4)
@@ -1469,95 +1331,81 @@ def test_exported_encoders_decide_for_each_image(convert, tmp_path, path, method
         assert np.array_equal(gates[0], torch.cat(vectors))
         decisions.add(gates.tobytes())
     assert len(decisions) > 1
-    assert {file.name for file in everything(tmp_path)} == {"a.pt", "photo.png", "w.pth", path}
 
-@pytest.mark.parametrize("path, words", [("d.onnx", ["--return-single-mask"]), ("d.pt2", [])])
-def test_exported_decoders_have_the_official_inputs_and_outputs(convert, path, words):
-    """Points, a box (two points of labels 2 and 3), or a mask, for images of any size."""
-    exporter(path)
-    assert convert("export", "lora", "--out", "e.pt2", "--decoder", path, *words) == 0
-    predictor, decoder = sam.SamPredictor(loaded()), graph(path)
-    empty = np.zeros((1, 1, 64, 64), np.float32)
-    for (height, width), labels, mask in (((60, 90), [1, -1], None), ((300, 200), [1, 0, 2, 3], None),
-                                          ((77, 77), [2, 3], np.full_like(empty, -3))):
-        predictor.set_image(scene(height, width))
-        K, has_mask, clear = len(labels), float(mask is not None), len(labels) > 2
-        coords = np.random.default_rng(K).uniform(5, 50, (1, K, 2)).astype(np.float32)
-        points = torch.from_numpy(coords), torch.tensor([labels])
-        prompts = predictor.model.prompt_encoder
-        sparse = prompts.embed_coords(*points)
-        _, dense = prompts(None, None, None if mask is None else torch.tensor(mask))
-        low_res, scores = predictor.model.mask_decoder.predict_masks(
-            predictor.features, prompts.get_dense_pe(), sparse, dense)
-        if words:
-            best = 0 if clear else 1 + int(scores[0, 1:].argmax())
-            low_res, scores = low_res[:, best:best + 1], scores[:, best:best + 1]
-        found = decoder(predictor.features.numpy(), coords, np.float32([labels]), empty if mask is None else mask,
-                        np.float32([has_mask]), np.float32([height, width]))
-        expected = predictor.model.postprocess_masks(low_res, predictor.input_size, (height, width)), scores, low_res
-        for got, want in zip(found, expected, strict=True):
-            assert close(got, want, 1e-4)
+@pytest.mark.parametrize("method", [method for method in gara.METHODS if method != "gara_random"])
+def test_gates_of_every_method_have_a_graph(method):
+    gate, h = gara.adapters(tiny(method).eval())[0].gate, torch.randn(9, 1, 160)
+    found = torch.export.export(gate, (h[0],)).module()
+    for image in h:
+        assert same(dict(enumerate(found(image))), dict(enumerate(gate(image))))
 
-def test_lora_merges_into_a_plain_checkpoint(convert):
-    assert convert("merge", "lora", "--out", "m.pth") == 0
-    merged, x = sam.build_sam("vit_t", "m.pth"), pictures(0, 1)
-    assert close(encode(merged, x), encode(loaded(), x))
-    assert not close(encode(merged, x), encode(tiny(), x), 1e-2)
+@pytest.mark.parametrize("size, points, labels, prompt", [
+    ((60, 90), [[40, 30], [0, 0]], [1, -1], ONE_POINT),
+    ((99, 80), [[40, 30], [3, 3], [80, 50]], [1, 2, 3], ONE_POINT | dict(box=[3, 3, 80, 50], multimask_output=False)),
+    ((77, 77), [[3, 3], [60, 50]], [2, 3], dict(box=[3, 3, 60, 50], mask_input=np.full((1, 64, 64), -3)))])
+def test_exported_decoders_have_the_official_inputs_and_outputs(exported, size, points, labels, prompt):
+    """The graph chooses one of the masks; Decoder, of which it is made, gives four, that of clear prompts first."""
+    from assets.export import Decoder
+
+    model, _, decoder = exported
+    predictor = sam.SamPredictor(model)
+    predictor.set_image(scene(*size))
+    expected = predictor.predict(**prompt, return_logits=True)
+    best = expected[1].argmax()
+    these = slice(0, 1) if len(points) > 2 else slice(1, 4)
+
+    coords = predictor.transform.apply_coords(points, size)
+    mask = prompt.get("mask_input", np.zeros((1, 64, 64)))
+    prompts = coords[None], [labels], [mask], ["mask_input" in prompt], size
+    inputs = [predictor.features.numpy(), *map(np.float32, prompts)]
+    every = Decoder(model)(*map(torch.from_numpy, inputs))
+    for one, four, want in zip(decoder(*inputs), every, expected, strict=True):
+        assert close(one[0], want[best:best + 1], 1e-4)
+        assert close(four[0, these], want, 1e-4)
+
+@pytest.mark.parametrize("size", [128, 64])
+def test_lora_merges_into_a_plain_checkpoint(tiny_files, size):
+    """Of all tensors only qkv's weights change: not the positions either, which at size 64 are interpolated."""
+    model = train_by_chance(gara.attach(sam.build_sam("vit_t", "w.pth", size), "lora"))
+    gara.save_adapter(model, "a.pt")
+    assert run_cli(gara.main, "merge", "a.pt", "--checkpoint", "w.pth", "--out", "m.pth") == 0
+    merged, x = sam.build_sam("vit_t", "m.pth", size), pictures(0, 1)[..., :size, :size]
+    assert close(encode(merged, x), encode(model, x))
     weights = sam.read_checkpoint("m.pth", "vit_t")
     changed = [key for key, value in tiny_weights().items() if not torch.equal(weights[key], value)]
     assert changed == [f"image_encoder.blocks.{i}.attn.qkv.weight" for i in range(6)]
 
-def test_merging_at_another_image_size_keeps_the_positions(tiny_files):
-    gara.save_adapter(train_by_chance(gara.attach(sam.build_sam("vit_t", "w.pth", 64), "lora")), "a.pt")
-    assert run_cli(gara.main, "merge", "a.pt", "--checkpoint", "w.pth", "--out", "m.pth") == 0
-    assert torch.equal(sam.read_checkpoint("m.pth", "vit_t")[POS_EMBED], tiny_weights()[POS_EMBED])
-
 @pytest.mark.parametrize("task, method, words, message", [
-    ("merge", "gara", "--out m.pth", "python gara.py export"),
-    ("merge", "moe_lora", "--out m.pth", "depend on the image"),
-    ("merge", "lora", "--out none/m.pth", "none"),
-    ("merge", "lora", "--out m.pth --decoder d.pt2", "--decoder"),
-    ("merge", "lora", "", "--out"),
+    ("merge", "gara", "--out m.pth", "depend on the image"), ("merge", "lora", "--out none/m.pth", "none"),
+    ("merge", "lora", "--out m.pth --decoder d.pt2", "--decoder"), ("merge", "lora", "", "--out"),
     ("merge", "lora", "--out m.pth --checkpoint none.pth", "none.pth"),
-    ("merge", "lora", "--out m.pth --checkpoint photo.png", "photo.png"),
-    ("export", "gara_random", "--out e.pt2", "gara_random"),
-    ("export", "gara", "--out e.pth", "FILE.onnx"),
+    ("export", "gara_random", "--out e.pt2", "gara_random"), ("export", "gara", "--out e.pth", "FILE.onnx"),
     ("export", "gara", "--out none/e.pt2", "no folder none"),
     ("export", "gara", "--out e.pt2 --decoder ./e.pt2", "same file"),
-    ("export", "gara", "--out e.onnx", "pip install onnx onnxscript"),
     ("export", "gara", "--out e.pt2 --decoder d.onnx", "pip install onnx onnxscript")])
-def test_mistakes_at_gara_end_in_one_line(convert, tmp_path, monkeypatch, capsys, task, method, words, message):
+def test_mistakes_at_gara_end_in_one_line(tiny_files, monkeypatch, capsys, task, method, words, message):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "onnx" in name else found(name))
-    assert convert(task, method, *words.split()) == 2
+    gara.save_adapter(tiny(method), "a.pt")
+    assert run_cli(gara.main, task, "a.pt", "--checkpoint", "w.pth", *words.split()) == 2
     assert one_error(capsys, message)
-    assert {file.name for file in everything(tmp_path)} == {"a.pt", "photo.png", "w.pth"}
+    assert sorted(os.listdir()) == ["a.pt", "photo.png", "w.pth"]
 
 @pytest.mark.parametrize("task, out", [("export", "e.pt2"), ("merge", "m.pth")])
-def test_nothing_is_half_written(saved, tiny_files, tmp_path, monkeypatch, capsys, task, out):
+def test_nothing_is_half_written(tiny_files, monkeypatch, capsys, task, out):
     def full(content, path):
-        (tmp_path / path).write_bytes(b"half")
+        pathlib.Path(path).write_bytes(b"half")
         raise OSError("no space left")
-    saved("lora")
-    (tmp_path / out).write_bytes(b"old")
+
+    gara.save_adapter(tiny("lora"), "a.pt")
+    pathlib.Path(out).write_bytes(b"old")
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: argparse.Namespace(run_decompositions=dict))
     monkeypatch.setattr(torch.export, "save", full)
     monkeypatch.setattr(torch, "save", full)
     assert run_cli(gara.main, task, "a.pt", "--checkpoint", "w.pth", "--out", out) == 2
     assert one_error(capsys, "no space left")
-    assert (tmp_path / out).read_bytes() == b"old"
-    assert {file.name for file in everything(tmp_path)} == {"a.pt", "photo.png", "w.pth", out}
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("scope", gara.SCOPES)
-def test_gara_on_the_gpu_in_bfloat16(scope):
-    model, lora, x = tiny("gara", scope=scope).cuda().train(), tiny("lora").cuda(), pictures(0, 1).cuda()
-    with torch.autocast("cuda", torch.bfloat16):
-        out = model.image_encoder(x)
-        rounded = encode(lora, x).float()  # lora: no decision that rounding could turn over
-    out.float().square().mean().backward()
-    assert out.isfinite().all()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    assert (rounded - encode(lora, x)).norm() < 0.1 * rounded.norm()
+    assert pathlib.Path(out).read_bytes() == b"old"
+    assert sorted(os.listdir()) == sorted(["a.pt", "photo.png", "w.pth", out])
 
 # ---- Corruptions ----------------------------------------------------------------------------------------------------
 
@@ -1579,11 +1427,8 @@ elastic_transform    0.97 1.03      0.9 1.02     0.15 0.6        14 24
 frosted_glass_blur   0.99 1.01     0.98 1.02        2 35         16 25
 brightness            0.6 0.8       0.6 0.8      0.36 0.64       11 20
 contrast              0.8 1.2       1.2 1.6       1.6 2.6        16 20
-"""
-RANGES = {}
-for line in MEASURED.split("\n")[1:-1]:
-    name, *ends = line.split()
-    RANGES[name] = np.array(ends, float).reshape(4, 2)
+""".strip()
+RANGES = {name: ends for name, *ends in map(str.split, MEASURED.split("\n"))}
 ALL = [*RANGES, *OTHERS]
 
 def flat(level, height=96, width=128):
@@ -1591,38 +1436,33 @@ def flat(level, height=96, width=128):
 
 def draws(name, seed):
     """The generator that corrupt(_, name, seed) hands to its function."""
-    number = zlib.crc32(name.encode())
-    return np.random.default_rng([seed, number])
-
-def mad(a, b):
-    """Mean absolute difference."""
-    return abs(a.astype(float) - b).mean()
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 def test_registry():
     assert list(CORRUPTIONS) == list(RANGES)
     assert list(data.CONDITIONS) == ["clear", *RANGES]
-    assert not CORRUPTIONS.keys() & OTHERS.keys()
-    for name, function in (CORRUPTIONS | OTHERS).items():
-        assert "trength" in function.__doc__, name
 
 @pytest.mark.parametrize("name", ALL)
 def test_corruption_contract(name):
-    """Same arguments, same pixels; the input survives; layout of the memory is irrelevant; other seeds differ."""
+    """Same arguments, same pixels; the input survives; layout of the memory is irrelevant; any size will do."""
     image = scene(40, 52)
     before = image.copy()
-    strided = np.zeros((40, 104, 3), np.uint8)[:, ::2]
-    strided[:] = image
     image.flags.writeable = False
     out = corrupt(image, name, seed=3)
     assert out.dtype == np.uint8
-    assert out.shape == image.shape
     assert out.flags.writeable
     assert not np.shares_memory(out, image)
     assert np.array_equal(image, before)
 
     np.random.seed(0)  # the global generator plays no part
+    strided = image.repeat(2, 1)[:, ::2]
     assert np.array_equal(out, corrupt(np.asfortranarray(image), name, seed=3))
     assert np.array_equal(out, corrupt(strided, name, seed=np.int64(3), strength=1))
+
+    for shape, strength in itertools.product([(16, 16), (16, 200), (200, 16), (17, 23)], (0.3, 1, 2)):
+        for image in (scene(*shape), flat(0, *shape), flat(255, *shape)):
+            with np.errstate(all="raise", under="ignore", divide="ignore"):
+                assert corrupt(image, name, 1, strength).shape == image.shape
 
 @pytest.mark.parametrize("use", [
     lambda seed: corrupt(scene(40, 52), "gauss_noise", seed),
@@ -1637,54 +1477,30 @@ def test_two_seeds_of_any_size_are_two_draws(use):
 def test_corruption_strength(name):
     """0 is the identity, a breath above it is a breath of change, and more strength is more change."""
     image = scene(96, 128)
-    clean = corrupt(image, name, 5, 0)
-    assert np.array_equal(clean, image)
-    assert not np.shares_memory(clean, image)
-
-    steps = (1e-6, 0.02, 0.1, 0.3, 0.6, 1, 1.01, 1.5, 2)
-    change = np.empty((4, len(steps)))
-    for seed, k in np.ndindex(change.shape):
-        change[seed, k] = mad(corrupt(image, name, seed, steps[k]), image)
-    mean = dict(zip(steps, change.mean(0)))
-    assert mean[0.02] < 0.15 * mean[1] + 1
-    assert mean[2] > 1.05 * mean[1] > 0
-    slack = 0.02 * mean[1] + 0.02  # whole pixels (resampling) and whole qualities (JPEG) ripple
-    assert np.diff(change.mean(0)).min() > -slack
-    assert (change[:, 6] < 1.1 * change[:, 5] + 0.1).all()  # no jump beyond 1
-
-@pytest.mark.parametrize("shape", [(16, 16), (16, 200), (200, 16), (17, 23), (61, 45)])
-def test_corruptions_of_any_size(shape):
-    images = scene(*shape), flat(0, *shape), flat(255, *shape)
-    strengths = 0.3, 1, 2
-    for image, name, strength in itertools.product(images, ALL, strengths):
-        with np.errstate(all="raise", under="ignore", divide="ignore"):
-            assert corrupt(image, name, 1, strength).shape == image.shape
+    assert np.array_equal(corrupt(image, name, 5, 0), image)
+    assert not np.shares_memory(corrupt(image, name, 5, 0), image)
+    change = []
+    for strength in (1e-6, 0.02, 0.1, 0.3, 0.6, 1, 1.01, 1.5, 2):
+        outs = np.stack([corrupt(image, name, seed, strength) for seed in range(4)])
+        change.append(abs(outs.astype(float) - image).mean((1, 2, 3)))
+    mean = np.mean(change, 1)
+    assert mean[1] < 0.15 * mean[5] + 1
+    assert mean[8] > 1.05 * mean[5] > 0
+    assert np.diff(mean).min() > -0.02 * mean[5] - 0.02  # whole pixels (resampling) and qualities (JPEG) ripple
+    assert (change[6] < 1.1 * change[5] + 0.1).all()  # no jump beyond 1
 
 @pytest.mark.parametrize("arguments, clue", [
-    ((scene(), "snowy"), "snow, fog, rain"),
-    ((scene(), None), "snow, fog, rain"),
-    ((scene(), ["fog"]), "snow, fog"),
-    ((scene().astype(np.float32), "fog"), "float32"),
-    ((scene()[..., 0], "fog"), "(120, 160)"),
-    ((np.zeros((20, 20, 4), np.uint8), "fog"), "(20, 20, 4)"),
-    (("photo.jpg", "fog"), "str"),
-    ((scene(15, 99), "fog"), "99x15"),
-    ((scene(), "fog", 1.5), "1.5"),
-    ((scene(), "fog", 0, -0.1), "-0.1"),
-    ((scene(), "fog", 0, 10.1), "10.1"),
-    ((scene(), "fog", 0, math.nan), "nan"),
-    ((scene(), "fog", 0, math.inf), "inf"),
-    ((scene(), "fog", 0, "1"), "'1'"),
-])
+    ((scene(), "snowy"), "snow, fog, rain"), ((scene(), ["fog"]), "snow, fog"), (("photo.jpg", "fog"), "str"),
+    ((scene().astype(np.float32), "fog"), "float32"), ((scene()[..., 0], "fog"), "(120, 160)"),
+    ((scene(15, 99), "fog"), "99x15"), ((scene(), "fog", 1.5), "1.5"), ((scene(), "fog", 0, "1"), "'1'"),
+    ((scene(), "fog", 0, -0.1), "-0.1"), ((scene(), "fog", 0, 10.1), "10.1"), ((scene(), "fog", 0, math.nan), "nan")])
 def test_corruptions_refuse(arguments, clue):
     with refused(clue):
         corrupt(*arguments)
 
 def laplacian_variance(image):
     grey = image @ np.array([0.299, 0.587, 0.114])
-    vertical = grey[:-2, 1:-1] + grey[2:, 1:-1]
-    horizontal = grey[1:-1, :-2] + grey[1:-1, 2:]
-    return (vertical + horizontal - 4 * grey[1:-1, 1:-1]).var()
+    return (np.diff(grey, 2, 0)[:, 1:-1] + np.diff(grey, 2, 1)[1:-1]).var()
 
 @pytest.mark.parametrize("name", RANGES)
 def test_measured_ranges(name):
@@ -1695,113 +1511,69 @@ def test_measured_ranges(name):
         error = ((out.astype(float) - image) ** 2).mean()
         psnr = 10 * np.log10(255 ** 2 / max(error, 1e-3))
         sharpness = laplacian_variance(out) / laplacian_variance(image)
-        mean = out.mean() / image.mean()
-        deviation = out.std() / image.std()
-        measured.append((mean, deviation, sharpness, psnr))
-    low, high = RANGES[name].T
+        measured.append((out.mean() / image.mean(), out.std() / image.std(), sharpness, psnr))
+    low, high = np.array(RANGES[name], float).reshape(4, 2).T
     medians = np.median(measured, 0)
     assert (medians >= low).all()
     assert (medians <= high).all()
 
 @pytest.mark.parametrize("name, low, high, curve", [
-    ("brightness", 0.6, 0.8, lambda x, f: np.floor(f * x)),
-    ("impulse_noise", 1.4, 1.5, lambda x, f: np.floor(np.minimum(f * x, 255))),
-    ("contrast", 1.6, 1.7, lambda x, f: np.floor(np.clip((x - 128) * f + 128, 0, 255))),
-])
+    ("brightness", 0.6, 0.8, lambda x, f: f * x), ("impulse_noise", 1.4, 1.5, lambda x, f: f * x),
+    ("contrast", 1.6, 1.7, lambda x, f: (x - 128) * f + 128)])
 def test_tables_of_levels(name, low, high, curve):
     """One factor for the whole image; every level goes through the closed form."""
-    levels = np.arange(256.0).reshape(16, 16, 1).repeat(3, 2)
-    ramp = levels.astype(np.uint8)
-    factors = [draws(name, seed).uniform(low, high) for seed in range(9)]
-    for seed, factor in enumerate(factors):
-        assert np.array_equal(corrupt(ramp, name, seed), curve(levels, factor))
-    assert np.array_equal(corrupt(ramp, name, 0, 2), curve(levels, factors[0] ** 2))  # stops double
+    levels = np.arange(256).reshape(16, 16, 1).repeat(3, 2)
+    for seed, stops in ((0, 1), (1, 1), (2, 2)):
+        factor = draws(name, seed).uniform(low, high) ** stops
+        expected = np.floor(curve(levels, factor).clip(0, 255))
+        assert np.array_equal(corrupt(levels.astype(np.uint8), name, seed, stops), expected)
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("level", [60, 200])
+@pytest.mark.parametrize("seed, level", [(0, 60), (1, 200)])
 def test_underwater_by_its_physics(seed, level):
     """On a flat image: Beer's law for each channel."""
     rng = draws("underwater", seed)
     distance = rng.uniform(1, 2)
-    veil = np.array([0.1, 0.45, 0.5]) * rng.uniform(0.7, 1.1)
-    absorption = np.array([0.9, 0.35, 0.3])
-    expected = level * np.exp(-distance * absorption)
-    expected += 255 * veil * (1 - np.exp(-0.6 * distance))
+    veil = 255 * np.array([0.1, 0.45, 0.5]) * rng.uniform(0.7, 1.1)
+    direct = level * np.exp(-distance * np.array([0.9, 0.35, 0.3]))
+    expected = direct + veil * (1 - np.exp(-0.6 * distance))
     out = corrupt(flat(level, 200, 200), "underwater", seed)
     assert out.mean((0, 1)) == pytest.approx(np.minimum(expected, 255), rel=0.06)
 
-def bilinear(image, rows, cols):
-    """image (HxWxC) at all pairs of real positions, one by one; beyond the border, its own last pixel."""
-    H, W = image.shape[:2]
-    out = np.empty((len(rows), len(cols), image.shape[2]))
-    for i, j in np.ndindex(out.shape[:2]):
-        y = min(max(rows[i], 0), H - 1)
-        x = min(max(cols[j], 0), W - 1)
-        top = int(y)
-        left = int(x)
-        bottom = min(top + 1, H - 1)
-        right = min(left + 1, W - 1)
-        t = x - left
-        upper = (1 - t) * image[top, left] + t * image[top, right]
-        lower = (1 - t) * image[bottom, left] + t * image[bottom, right]
-        t = y - top
-        out[i, j] = (1 - t) * upper + t * lower
-    return out
-
-def test_resampling_against_loops():
+def test_resampling_is_bilinear():
     image = scene(22, 29)
-    H, W = 22, 29
-    h, w = 5, 7
-    rows = (np.arange(h) + 0.5) * H / h - 0.5
-    cols = (np.arange(w) + 0.5) * W / w - 0.5
-    down = np.rint(bilinear(image, rows, cols))
-    rows = (np.arange(H) + 0.5) * h / H - 0.5
-    cols = (np.arange(W) + 0.5) * w / W - 0.5
-    expected = np.rint(bilinear(down, rows, cols))
-    out = corrupt(image, "resampling_blur")
-    assert abs(out - expected).max() <= 1
-    assert np.mean(out == expected) > 0.99
+    planes = torch.from_numpy(corruptions.to_planes(image)[None])
+    small = torch.nn.functional.interpolate(planes, (5, 7), mode="bilinear").round()
+    large = torch.nn.functional.interpolate(small, (22, 29), mode="bilinear").round()
+    difference = abs(corrupt(image, "resampling_blur").transpose(2, 0, 1) - large[0].numpy())
+    assert difference.max() <= 1
+    assert (difference == 0).mean() > 0.99
 
-def test_warp_against_loops():
-    """The flat gather from a padded image is bilinear interpolation at moved positions, mirrored at the borders."""
-    image = scene(20, 26)
+def test_warp_is_bilinear_and_mirrors_at_the_borders():
+    planes = corruptions.to_planes(scene(20, 26))
+    dy, dx = np.random.default_rng(0).uniform(-9, 9, (2, 20, 26))
+    y, x = np.mgrid[:20, :26]
+    grid = np.stack([2 * (x + dx) / 25 - 1, 2 * (y + dy) / 19 - 1], -1)  # from -1 to 1
+    sampled = torch.nn.functional.grid_sample(torch.from_numpy(planes[None]).double(), torch.from_numpy(grid[None]),
+                                              padding_mode="reflection", align_corners=True)
+    assert abs(corruptions.warp(planes, dy, dx) - sampled[0].numpy()).max() <= 0.501
+
+def test_correlate_mirrors_at_the_borders():
     rng = np.random.default_rng(0)
-    dy, dx = rng.uniform(-9, 9, (2, 20, 26))
-    mirrored = np.pad(image, ((10, 10), (10, 10), (0, 0)), mode="reflect")
-    out = corruptions.warp(corruptions.to_planes(image), dy, dx)
-    for y, x in np.ndindex(20, 26):
-        from_y = 10 + y + dy[y, x]
-        from_x = 10 + x + dx[y, x]
-        expected = bilinear(mirrored, [from_y], [from_x])
-        assert abs(out[:, y, x] - expected).max() <= 0.501
-
-def test_correlate_against_loops():
-    image = np.random.default_rng(0).random((3, 9, 11), dtype=np.float32)
-    kernel = np.random.default_rng(1).random((3, 5))
-    mirrored = np.pad(image, ((0, 0), (1, 1), (2, 2)), mode="reflect")
-    out = corruptions.correlate(image, kernel)
-    for y, x in np.ndindex(9, 11):
-        window = mirrored[:, y:y + 3, x:x + 5]
-        assert out[:, y, x] == pytest.approx((window * kernel).sum((1, 2)), rel=1e-5)
+    image, kernel = rng.random((3, 9, 11), np.float32), rng.random((3, 5), np.float32)
+    mirrored = torch.nn.functional.pad(torch.from_numpy(image), (2, 2, 1, 1), mode="reflect")
+    expected = torch.nn.functional.conv2d(mirrored[:, None], torch.from_numpy(kernel)[None, None])
+    assert close(corruptions.correlate(image, kernel), expected[:, 0])
 
 @pytest.mark.parametrize("strength, reach", [(1, 3), (2, 6)])
 def test_glass_gathers_within_three_pixels(strength, reach):
     """Give each pixel its own colour: then the output tells where it was read, evenly over the 7x7 neighbours."""
-    H, W = 60, 70
-    code = np.arange(H * W).reshape(H, W)
-    image = np.zeros((H, W, 3), np.uint8)
-    image[..., 0] = code // 256
-    image[..., 1] = code % 256
-    image[..., 2] = code % 7
-    out = corrupt(image, "frosted_glass_blur", 1, strength).astype(int)
-    source = out[..., 0] * 256 + out[..., 1]
-    assert np.array_equal(out[..., 2], source % 7)  # channels move together
-    dy = source // W - np.arange(H)[:, None]
-    dx = source % W - np.arange(W)
+    y, x = np.indices((60, 70))
+    image = np.stack([y, x, (y + x) % 7], -1).astype(np.uint8)
+    from_y, from_x, check = corrupt(image, "frosted_glass_blur", 1, strength).astype(int).transpose(2, 0, 1)
+    assert np.array_equal(check, (from_y + from_x) % 7)  # channels move together
     inner = np.s_[6:-6, 6:-6]
-    counts, _, _ = np.histogram2d(dy[inner].ravel(), dx[inner].ravel(), bins=2 * reach + 1)
-    expected = counts.mean()
-    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    counts, _, _ = np.histogram2d((from_y - y)[inner].ravel(), (from_x - x)[inner].ravel(), bins=2 * reach + 1)
+    chi_squared = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
     assert chi_squared < 1.5 * counts.size
 
 def test_iso_noise_destroys_hue_and_spares_grey():
@@ -1809,18 +1581,15 @@ def test_iso_noise_destroys_hue_and_spares_grey():
     steps = flat(0, 80, 80)
     steps[:, 40:] = (200, 40, 40)
     photons = 0.75 * 60  # gain times the deviation of the HLS lightness, 0 and 120
-    out = corrupt(steps, "ISO_noise", 2)
-    black = out[:, :40]
-    red = out[:, 40:]
+    black, red = np.split(corrupt(steps, "ISO_noise", 2), 2, axis=1)
     assert black.mean() == pytest.approx(photons, rel=0.1)  # lifts by the Poisson mean ...
     assert black.std() == pytest.approx(np.sqrt(photons), rel=0.1)  # ... and its deviation, without colour
     assert np.ptp(black, axis=-1).max() == 0
     assert np.ptp(red.mean((0, 1))) < 0.2 * 160  # averages towards grey
 
 def test_jpeg_is_encoded_with_red_and_blue_swapped():
-    image = scene(64, 80)
+    image, file = scene(64, 80), io.BytesIO()
     quality = int(draws("compression", 0).integers(5, 11))
-    file = io.BytesIO()
     Image.fromarray(image[..., ::-1].copy()).save(file, "JPEG", quality=quality, subsampling=2)
     expected = np.asarray(Image.open(file))[..., ::-1]
     assert np.array_equal(corrupt(image, "compression", 0), expected)
@@ -1828,47 +1597,39 @@ def test_jpeg_is_encoded_with_red_and_blue_swapped():
 def test_motion_blur_of_a_point_is_one_straight_line():
     image = flat(0, 75, 75)
     image[37, 37] = 255
-    lengths = []
-    shifts = []
+    lengths, shifts = [], []
     for seed in range(200):
         out = corrupt(image, "motion_blur", seed)[..., 0]
-        ys, xs = np.nonzero(out)
-        n = max(np.ptp(ys), np.ptp(xs)) + 1
-        assert len(ys) == n  # 8-connected
-        assert (out[ys, xs] == np.rint(np.float32(255 / n))).all()
-        centred = [ys - ys.mean(), xs - xs.mean()]
-        along, across = np.linalg.svd(centred, compute_uv=False)
-        assert across / np.sqrt(n) < 0.5  # no tap off the line
+        taps = np.argwhere(out)
+        n = np.ptp(taps, 0).max() + 1
+        middle = taps.mean(0)
+        assert len(taps) == n  # 8-connected
+        assert (out[out > 0] == np.rint(np.float32(255 / n))).all()
+        assert np.linalg.svd(taps - middle, compute_uv=False)[1] < 0.5 * np.sqrt(n)  # no tap off the line
         lengths.append(n)
-        shifts.append(np.hypot(ys.mean() - 37, xs.mean() - 37))
+        shifts.append(np.hypot(*(middle - 37)))
     assert np.median(lengths) == pytest.approx(8, abs=2)
     assert np.mean(shifts) == pytest.approx(4.93, abs=0.8)
 
 def test_zoom_blur_identity_draws_and_fixed_centre():
     image = scene(33, 33)
-    untouched = 0
-    for seed in range(400):
-        out = corrupt(image, "zoom_blur", seed)
-        untouched += np.array_equal(out, image)
-        assert abs(out[16, 16].astype(int) - image[16, 16]).max() <= 1
-    assert untouched / 400 == pytest.approx(0.18, abs=0.06)
+    outs = np.stack([corrupt(image, "zoom_blur", seed) for seed in range(400)])
+    untouched = (outs == image).all((1, 2, 3))
+    assert untouched.mean() == pytest.approx(0.18, abs=0.06)
+    assert abs(outs[:, 16, 16].astype(int) - image[16, 16]).max() <= 1
 
 def test_elastic_displacement():
-    """A ramp of one level per pixel turns into a map of horizontal displacement."""
-    ramp = np.empty((200, 200, 3), np.uint8)
-    ramp[:] = np.arange(200)[:, None]
-    y, x = np.mgrid[40:160, 40:160]
-    plane = np.stack([y.ravel(), x.ravel(), np.ones(y.size)], 1)
-    total = []
-    local = []
+    """A ramp of one level per pixel turns into a map of horizontal displacement: a plane and a ripple."""
+    ramp = np.arange(200, dtype=np.uint8)[None, :, None].repeat(200, 0).repeat(3, 2)
+    y, x = np.mgrid[40:160, 40:160].reshape(2, -1)
+    plane = np.stack([y, x, np.ones(y.size)], 1)
+    total, local = [], []
     for seed in range(12):
         out = corrupt(ramp, "elastic_transform", seed)
-        shift = (out[40:160, 40:160, 0].astype(float) - x).ravel()
-        affine = plane @ np.linalg.lstsq(plane, shift, rcond=None)[0]
+        shift = out[y, x, 0].astype(float) - x
         total.append(abs(shift).mean())
-        local.append((shift - affine).std())
-    uniform = 100 * np.sqrt(1 / 3)
-    blurred = uniform / (20 * np.sqrt(np.pi))  # 1.63 px
+        local.append((shift - plane @ np.linalg.lstsq(plane, shift, rcond=None)[0]).std())
+    blurred = 100 * np.sqrt(1 / 3) / (20 * np.sqrt(np.pi))  # evenly drawn from -100 to 100, then sigma 10: 1.63 px
     assert np.mean(local) == pytest.approx(blurred, rel=0.15)
     assert 1.5 < np.mean(total) < 6
 
@@ -1884,57 +1645,33 @@ def test_snow_and_rain_whiten_every_channel_alike(name, most):
 def test_fog_is_optical_depth_and_drawn_per_image():
     black = corrupt(flat(0), "fog", 4).mean()
     white = corrupt(flat(255), "fog", 4).mean()
-    once = corrupt(flat(60), "fog", 4).mean()
+    once = corrupt(flat(60), "fog", 4)
     twice = corrupt(flat(60), "fog", 4, 2).mean()
     clear = (white - black) / 255  # share of the scene that shines through
     cloud = black / (1 - clear)
     assert clear == pytest.approx(0.37, abs=0.09)
     assert cloud == pytest.approx(230, abs=15)
-    assert once == pytest.approx(black + 60 * clear, abs=1.5)
+    assert once.mean() == pytest.approx(black + 60 * clear, abs=1.5)
     assert twice == pytest.approx(cloud + clear ** 2 * (60 - cloud), abs=3)
-    assert mad(corrupt(flat(60), "fog", 4), corrupt(flat(60), "fog", 5)) > 2
+    assert abs(once - corrupt(flat(60), "fog", 5).astype(float)).mean() > 2
 
-def test_color_jitter_is_a_function_of_colour():
-    """Whatever the order of its steps: equal pixels stay equal, and white and black keep their rank."""
-    image = scene(40, 40)
-    image[0, :2] = [[255], [0]]
-    image[20:22, 5] = image[3, 3]
-    for seed in range(60):
-        out = corrupt(image, "color_jitter", seed).astype(int)
-        assert (out[0, 0] >= out[0, 1]).all()
-        assert (out[20:22, 5] == out[3, 3]).all()
-
-def sheet_of(monkeypatch, *arguments):
-    """Exit code of corruptions.py."""
-    monkeypatch.setattr(sys, "argv", ["corruptions.py", *map(str, arguments)])
-    return run_cli(lambda _: corruptions.main())
-
-def test_corruption_sheet(tmp_path, monkeypatch):
-    photo = tmp_path / "photo.jpg"
-    exif = Image.Exif()
-    exif[274] = 6  # lying on its side
-    Image.fromarray(scene(90, 120)).save(photo, exif=exif)
-    assert sheet_of(monkeypatch, photo, "--out", tmp_path / "sheet.png", "--size", 96) is None
-    with Image.open(tmp_path / "sheet.png") as image:
-        assert image.height > 4 * 96
-    assert sorted(os.listdir(tmp_path)) == ["photo.jpg", "sheet.png"]
-
-@pytest.mark.parametrize("mistake", [
-    "none.jpg --out x.png",
-    "words.jpg --out x.png",
-    "photo.jpg --out no/sheet.png",
-    "photo.jpg --out sheet.what",
-    "photo.jpg --out x.png --strength nan",
-    "photo.jpg --out x.png --size 31"])
-def test_mistakes_on_the_command_line_of_corruptions(tmp_path, monkeypatch, capsys, mistake):
+def test_corruption_sheet(tmp_path, monkeypatch, capsys):
+    """Of a photo that lies on its side. Mistakes end in one line, and nothing is written."""
     monkeypatch.chdir(tmp_path)
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(scene(90, 120)).save("photo.jpg", exif=exif)
     put(tmp_path / "words.jpg", "no image")
-    Image.fromarray(scene(90, 120)).save("photo.jpg")
-    assert sheet_of(monkeypatch, *mistake.split()) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("corruptions.py: ")
-    assert message.count("\n") == 1
-    assert sorted(os.listdir()) == ["photo.jpg", "words.jpg"]
+    for mistake in ("none.jpg --out x.png", "words.jpg --out x.png", "photo.jpg --out no/x.png",
+                    "photo.jpg --out x.what", "photo.jpg --strength nan", "photo.jpg --out x.png --size 31"):
+        monkeypatch.setattr(sys, "argv", ["corruptions.py", *mistake.split()])
+        assert run_cli(lambda _: corruptions.main()) == 2
+        assert re.fullmatch("corruptions.py: .+\n", capsys.readouterr().err)
+        assert sorted(os.listdir()) == ["photo.jpg", "words.jpg"]
+    monkeypatch.setattr(sys, "argv", "corruptions.py photo.jpg --out sheet.png --size 96".split())
+    assert run_cli(lambda _: corruptions.main()) is None
+    assert Image.open("sheet.png").height > 4 * 96
+    assert sorted(os.listdir()) == ["photo.jpg", "sheet.png", "words.jpg"]
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
