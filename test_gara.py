@@ -1339,6 +1339,8 @@ def test_gates_of_every_method_have_a_graph(method):
     for image in h:
         assert same(dict(enumerate(found(image))), dict(enumerate(gate(image))))
 
+ONE_POINT = dict(point_coords=[[40, 30]], point_labels=[1])
+
 @pytest.mark.parametrize("size, points, labels, prompt", [
     ((60, 90), [[40, 30], [0, 0]], [1, -1], ONE_POINT),
     ((99, 80), [[40, 30], [3, 3], [80, 50]], [1, 2, 3], ONE_POINT | dict(box=[3, 3, 80, 50], multimask_output=False)),
