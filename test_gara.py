@@ -3128,10 +3128,18 @@ def demo(tmp_path_factory):
     torch.save(tiny_weights(), folder / "w.pth")
     return folder
 
+@pytest.fixture
+def copied(demo, tmp_path):
+    """A copy of the demo to spoil, and its training images."""
+    shutil.copytree(demo / "demo", tmp_path / "demo")
+    shutil.copy(demo / "w.pth", tmp_path)
+    return tmp_path, sorted((tmp_path / "demo" / "train" / "clear").iterdir())
+
 def training(demo, out, *more):
     """The words of a short training run."""
     usual = "--device cpu --amp off --workers 0 --batch-size 2 --val-images 1 --steps 6 --val-every 3 --log-every 2"
-    return ["--data", demo / "demo", "--checkpoint", demo / "w.pth", "--out", out, *usual.split(), *more]
+    words = f"--data {demo / 'demo'} --checkpoint {demo / 'w.pth'} --out {out} {usual}"
+    return [*words.split(), *" ".join(map(str, more)).split()]
 
 def run_train(demo, out, *more):
     """Exit code of a short training run."""
@@ -3139,23 +3147,20 @@ def run_train(demo, out, *more):
 
 def settings(demo, *more):
     """The settings of a short training run."""
-    return train.parse([str(word) for word in training(demo, "out", *more)])
+    return train.parse(training(demo, "out", *more))
 
-def train_refuses(demo, out, capsys, words, *more):
+def train_refuses(capsys, demo, out, more, *words):
     """train.py ends with one line that holds these words, and writes nothing."""
-    before = everything(demo)
+    out = pathlib.Path(out)
+    before = everything(demo) | everything(out)
     capsys.readouterr()
-    assert run_train(demo, out, *more) == 2
-    one_error(capsys, words)
-    assert everything(demo) == before
+    assert run_train(demo, out, more) == 2
+    one_error(capsys, *words)
+    assert everything(demo) | everything(out) == before
 
-def log_lines(folder):
-    """The lines of a run's log."""
-    return [json.loads(line) for line in open(folder / "log.jsonl")]
-
-def log_of(folder, key):
+def log_of(folder, key="step"):
     """The lines of a run's log that have this key."""
-    return [line for line in log_lines(folder) if key in line]
+    return [line for line in map(json.loads, open(folder / "log.jsonl")) if key in line]
 
 def last(folder):
     return torch.load(folder / "last.pt", weights_only=True)
@@ -3177,7 +3182,7 @@ def assert_same_run(a, b):
     assert one["meta"]["validation"] == two["meta"]["validation"]
     timeless = []
     for folder in (a, b):
-        timeless.append([line | dict(images_per_second=0, waiting=0) for line in log_lines(folder)])
+        timeless.append([line | dict(images_per_second=0, waiting=0) for line in log_of(folder)])
     assert timeless[0] == timeless[1]
 
 # Your own images.
@@ -3402,46 +3407,32 @@ def test_mask_loss_against_loops(soft):
     rng = torch.Generator().manual_seed(0)
     logits, targets = 3 * torch.randn(2, 6, 5, 4, dtype=torch.float64, generator=rng)
     targets = targets.sigmoid() if soft else (targets > 0).double()
-    expected = [plain_mask_loss(z, t) for z, t in zip(logits, targets)]
-    assert close(train.mask_loss(logits, targets), torch.tensor(expected, dtype=torch.float64), 1e-10)
+    losses = torch.tensor(list(map(plain_mask_loss, logits, targets)), dtype=torch.float64)
+    assert close(train.mask_loss(logits, targets), losses, 1e-10)
     assert torch.autograd.gradcheck(lambda z: train.mask_loss(z, targets), logits.requires_grad_())
 
-def test_a_perfect_mask_has_no_loss():
-    truth = (torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)) > 0).double()
-    assert train.mask_loss(40 * truth - 20, truth).max() < 1e-6
-    assert train.mask_iou(40 * truth - 20, truth).tolist() == [1, 1, 1]
+def test_mask_iou_by_hand():
+    logits, targets = torch.tensor([[[[9., 9, -9]], [[-9, -9, -9]]], [[[1, 0.4, 0.6]], [[0, 0, 0]]]])
+    assert train.mask_iou(logits, targets).tolist() == pytest.approx([1 / 3, 0])
 
-@pytest.mark.parametrize("step, cosine, constant", [
-    (0, 1, 1), (1, 2, 2), (2, 2, 2), (21, 1, 2), (39, 1 + math.cos(math.pi * 37 / 38), 2)])
-def test_learning_rate_in_closed_form(step, cosine, constant):
+def test_learning_rate_in_closed_form():
     """Of 40 steps, two of warm-up, then 38 of half a cosine."""
-    assert train.learning_rate(step, 40, 2.0) == pytest.approx(cosine)
-    assert train.learning_rate(step, 40, 2.0, "constant") == constant
+    rates = [train.learning_rate(step, 40, 2.0) for step in (0, 1, 2, 21, 39)]
+    assert rates == pytest.approx([1, 2, 2, 1, 1 + math.cos(math.pi * 37 / 38)])
+    assert [train.learning_rate(step, 40, 2.0, "constant") for step in (0, 1, 39)] == [1, 2, 2]
 
-@pytest.mark.parametrize("backbone, name, value", [
-    ("vit_t", "lr", 1e-3), ("vit_b", "lr", 1e-4), ("vit_l", "lr", 1e-5), ("vit_h", "lr", 1e-5),
-    ("vit_b", "batch_size", 8), ("vit_b", "weight_decay", 1e-5), ("vit_b", "temperature", 0.5),
-    ("vit_b", "rank_low", 16), ("vit_b", "rank_high", 256)])
-def test_default_settings(backbone, name, value):
-    assert getattr(train.parse(["--data", "x", "--backbone", backbone]), name) == value
-
-@pytest.mark.parametrize("method", gara.METHODS)
-def test_every_option_of_a_method_is_a_flag_with_its_default(method):
-    words = ["--data", "x", "--method", method]
-    for name, default in gara.default_options(method, "vit_t").items():
-        assert getattr(train.parse(words), name) == default
-        value = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        assert getattr(train.parse([*words, train.flag(name), value]), name) == default
+@pytest.mark.parametrize("backbone, lr", dict(vit_t=1e-3, vit_b=1e-4, vit_l=1e-5, vit_h=1e-5).items())
+def test_default_settings(backbone, lr):
+    settings = vars(train.parse(["--data", "x", "--backbone", backbone]))
+    paper = dict(batch_size=8, weight_decay=1e-5, temperature=0.5, rank_low=16, rank_high=256)
+    assert settings["lr"] == lr
+    assert backbone == "vit_t" or settings | paper == settings
 
 # Examples.
 
 def examples_of(dataset, count=10**6, **recipe):
     usual = dict(conditions=data.CONDITIONS, image_size=128, patch=8)
     return train.Examples(dataset, count, train.Recipe(**usual | recipe))
-
-def conditions_of(count, **recipe):
-    examples = examples_of([Blank(np.ones((1, 128, 128), bool))], **recipe)
-    return [examples[i]["condition"] for i in range(count)]
 
 def test_examples_depend_on_their_number_alone(demo):
     dataset = data.load_dataset(demo / "demo", "train")
@@ -3451,109 +3442,83 @@ def test_examples_depend_on_their_number_alone(demo):
         assert same(examples_of(dataset)[i], forwards[i])
     assert not same(examples_of(dataset, seed=1)[0], forwards[0])
     assert {example["name"] for example in forwards[:6]} == {sample.name for sample in dataset}  # each image once
+    batched = itertools.chain(*train.batches(examples, 1, 3, 2))  # from the second on, by two workers
+    for example, expected in zip(batched, forwards[3:], strict=True):
+        assert same(example, expected)
 
-@pytest.mark.parametrize("first, workers", [(0, 2), (1, 0), (2, 1)])
-def test_workers_prepare_the_same_batches(demo, first, workers):
-    examples = examples_of(data.load_dataset(demo / "demo", "train"), 9)
-    batched = list(itertools.chain(*train.batches(examples, first, 3, workers)))
-    assert same(dict(enumerate(batched, 3 * first)), {i: examples[i] for i in range(3 * first, 9)})
-
-def test_examples_agree_with_their_masks(demo):
-    """Demo images are as large as the model's input: a target is the mean of 2 x 2 pixels of the padded mask."""
-    dataset = data.load_dataset(demo / "demo", "train")
-    examples = examples_of(dataset, masks_per_image=6)
-    masks = {sample.name: sample.masks() for sample in dataset}
-    for i in range(12):
-        example = examples[i]
-        truth = masks[example["name"]]
-        padded = np.pad(truth, ((0, 0), (0, 128 - truth.shape[1]), (0, 128 - truth.shape[2])))
-        means = padded.reshape(-1, 64, 2, 64, 2).mean((2, 4))
-        assert example["image"].shape == (3, *truth.shape[1:])
-        assert example["labels"].tolist() == [[1, 1, 1]] * 6
-        seen = set()
-        for target, points, box in zip(example["targets"], example["points"].int(), example["boxes"].int()):
-            distance = np.abs(means - target.numpy() / 255)
-            k = int(distance.mean((1, 2)).argmin())
-            seen.add(k)
-            assert distance[k].max() <= 0.5 / 255 + 1e-9
-            assert padded[k, points[:, 1], points[:, 0]].all()
-            y, x = np.nonzero(padded[k])
-            assert box.tolist() == [x.min(), y.min(), x.max(), y.max()]
-        assert seen == set(range(len(truth)))  # all objects, some twice
-
-class Blank:
+def blank(masks, name="blank"):
     """A sample that costs nothing to read, with these masks."""
-    pinned = None
+    image = np.zeros((*masks.shape[1:], 3), np.uint8)
+    return argparse.Namespace(pinned=None, name=name, source=f"{name}.npy", image=lambda *_, **__: image,
+                              masks=lambda: masks)
 
-    def __init__(self, masks, name="blank"):
-        self.planes, self.name, self.source = masks, name, name + ".npy"
-
-    def image(self, condition, seed, stored):
-        return np.zeros((*self.planes.shape[1:], 3), np.uint8)
-
-    def masks(self):
-        return self.planes
-
-@pytest.mark.parametrize("height, width", [(256, 256), (192, 256), (256, 100)])
-def test_targets_of_scaled_masks(height, width):
-    """A pixel of the target covers 4 x 4 pixels of the image; scaling smooths outlines a little."""
-    squares = np.random.default_rng(0).random((1, 16, 16)) > 0.5
-    mask = squares.repeat(16, 1).repeat(16, 2)[:, :height, :width]
-    padded = np.pad(mask[0], ((0, 256 - height), (0, 256 - width)))
-    example = examples_of([Blank(mask)], masks_per_image=1)[0]
-    target = example["targets"][0].numpy() / 255
-    error = np.abs(target - padded.reshape(64, 4, 64, 4).mean((1, 3)))
-    assert error.mean() < 0.05
-    assert error.max() < 0.3
-    assert target[height // 4:].sum() + target[:, width // 4:].sum() == 0
-    x, y = (example["points"][0] * 2).round().int().T
-    assert mask[0, y, x].all()
+@pytest.mark.parametrize("scale, tolerance", [(1, 0.5 / 255 + 1e-9), (2, 0.3)])
+def test_examples_agree_with_their_masks(scale, tolerance):
+    """A target's pixel is the mean of 2 x 2 pixels of the model's, padding too; scaling smooths outlines a little."""
+    side, width = 128 * scale, 100 * scale
+    squares = np.random.default_rng(0).random((3, 16, 16)) > 0.5
+    masks = squares.repeat(side // 16, 1).repeat(side // 16, 2)[:, :, :width]
+    padded = np.pad(masks, ((0, 0), (0, 0), (0, side - width)))
+    means = padded.reshape(3, 64, 2 * scale, 64, 2 * scale).mean((2, 4))
+    example = examples_of([blank(masks)], masks_per_image=6)[0]
+    assert example["image"].shape == (3, 128, 100)
+    assert example["labels"].tolist() == [[1, 1, 1]] * 6
+    seen = set()
+    for target, points, box in zip(example["targets"], example["points"], example["boxes"]):
+        error = np.abs(means - target.numpy() / 255)
+        k = int(error.mean((1, 2)).argmin())
+        seen.add(k)
+        assert error[k].max() <= tolerance
+        assert error[k].mean() < 0.05
+        x, y = (points * scale).round().int().T
+        assert masks[k, y, x].all()
+        y, x = np.nonzero(masks[k])
+        assert (box * scale).round().tolist() == [x.min(), y.min(), x.max(), y.max()]
+    assert seen == {0, 1, 2}  # all objects, some twice
 
 def test_no_target_is_empty():
     """Masks that are too small for the model to see are left out; an image with no other counts as a bad file."""
     masks = np.zeros((3, 480, 640), bool)
     masks[0, 0, 0] = masks[1, 100:200, 50:90] = masks[2, 479, 639] = True
-    for i in range(5):
-        targets = examples_of([Blank(masks)])[i]["targets"]
-        assert (targets > 0).flatten(1).any(1).all()
-    examples = examples_of([Blank(masks[::2], "dust"), Blank(masks, "good")])
+    assert (examples_of([blank(masks)])[0]["targets"] > 0).flatten(1).any(1).all()
+    examples = examples_of([blank(masks[::2], "dust"), blank(masks, "good")])
     assert [examples[i]["name"] for i in range(2)] == ["good", "good"]
     errors = examples[0]["errors"] + examples[1]["errors"]
     assert ["dust.npy" in str(error) for error in errors] == [True]
+
+def conditions_of(count, **recipe):
+    examples = examples_of([blank(np.ones((1, 128, 128), bool))], **recipe)
+    return [examples[i]["condition"] for i in range(count)]
 
 def test_conditions_are_drawn_evenly():
     drawn = conditions_of(320)
     deals = [drawn[k:k + 16] for k in range(0, 320, 16)]
     assert [sorted(deal) for deal in deals] == [sorted(data.CONDITIONS)] * 20
     assert len({deal[0] for deal in deals}) > 5  # in another order each time
-    assert sorted(conditions_of(40, conditions=["fog", "night"])) == ["fog"] * 20 + ["night"] * 20
 
-@pytest.mark.parametrize("clear, conditions, least, most", [
-    (1, data.CONDITIONS, 200, 200), (0, data.CONDITIONS, 0, 0), (0.5, ["fog", "rain"], 70, 130)])
-def test_the_chance_of_a_clear_image(clear, conditions, least, most):
-    drawn = Counter(conditions_of(200, clear=clear, conditions=conditions))
-    assert least <= drawn.pop("clear", 0) <= most
-    if clear < 1:
-        assert drawn.keys() == {*conditions} - {"clear"}
+def test_the_chance_of_a_clear_image():
+    drawn = Counter(conditions_of(200, clear=0.5, conditions=["fog", "rain"]))
+    assert 70 <= drawn.pop("clear") <= 130
+    assert drawn.keys() == {"fog", "rain"}
+    assert set(conditions_of(99, clear=1)) == {"clear"}
+    assert "clear" not in conditions_of(99, clear=0)
 
 def test_training_degrades_anew_unless_told_to_use_what_is_stored(copied):
     """All stored images are white. Made on the fly, an image has other noise in each epoch."""
     folder, images = copied
-    for split in ("train", "val"):
-        os.makedirs(folder / "demo" / split / "fog")
-        for path in (folder / "demo" / split / "clear").iterdir():
-            white = Image.new("RGB", Image.open(path).size, "white")
-            white.save(folder / "demo" / split / "fog" / path.name)
+    os.makedirs(folder / "demo" / "train" / "fog")
+    for path in images:
+        Image.new("RGB", Image.open(path).size, "white").save(folder / "demo" / "train" / "fog" / path.name)
     dataset = data.load_dataset(folder / "demo", "train")
-    first, second = (examples_of(dataset, conditions=["fog"])[i] for i in (0, 6))
-    assert first["image"].float().mean() < 250
-    stored = examples_of(dataset, conditions=["fog"], stored=True)
+    stored = train.examples_of(dataset, settings(folder, "--conditions fog --stored"), 1)
     assert stored[0]["image"].float().mean() > 250
-    one = [examples_of([dataset[0]], conditions=["fog"])[i]["image"] for i in range(2)]
-    assert not torch.equal(*one)
-    assert run_train(folder, folder / "run", "--steps", 1, "--conditions", "fog", "--stored") == 0
+    fresh = train.examples_of([dataset[0]], settings(folder, "--conditions fog"), 1)
+    assert fresh[0]["image"].float().mean() < 250
+    assert not torch.equal(fresh[0]["image"], fresh[1]["image"])
 
 # A run and its files.
+
+FILES = [".lock", "curve.png", "gara.pt", "last.pt", "log.jsonl", "run.json"]
 
 @pytest.fixture(scope="module")
 def finished(demo):
@@ -3566,14 +3531,22 @@ def finished(demo):
         assert run_train(demo, demo / "finished") == 0
     return demo / "finished", text.getvalue(), models[0], curves
 
+@pytest.fixture
+def ended(finished, tmp_path):
+    """A copy of the finished run's folder."""
+    shutil.copytree(finished[0], tmp_path / "ended")
+    return tmp_path / "ended"
+
 def mean_of_16_conditions(iou):
     degraded, clear = iou["point degraded"] + iou["box degraded"], iou["point clear"] + iou["box clear"]
     return (15 * degraded + clear) / 32
 
 def test_training_writes_its_files(finished):
     folder = finished[0]
-    assert sorted(os.listdir(folder)) == [".lock", "curve.png", "gara.pt", "last.pt", "log.jsonl", "run.json"]
-    assert [line["step"] for line in log_of(folder, "loss")] == [2, 4, 6]
+    assert sorted(os.listdir(folder)) == FILES
+    lines = log_of(folder, "loss")
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert {len(line["higher"]) for line in lines} == {6}
     validations = log_of(folder, "validation")
     assert [line["step"] for line in validations] == [0, 3, 6]
     kinds = ["box clear", "box degraded", "point clear", "point degraded"]
@@ -3604,553 +3577,335 @@ def test_training_moves_the_adapter_and_not_sam(finished):
     assert len(moved) > 0.9 * len(start)
     assert same(last(folder)["weights"], gara.adapter_state(model))
 
-def test_the_log_tells_what_the_gates_do(finished):
-    for line in log_of(finished[0], "loss"):
-        assert len(line["active"]) == 6
-        assert len(line["higher"]) == 6
-        assert 0 <= min(line["higher"]) <= max(line["higher"]) <= 1
-
-def test_a_run_says_what_it_was(demo, tmp_path):
-    assert run_train(demo, tmp_path, "--steps", 2, "--seed", 5, "--keep-every", 1, "--limit", 2) == 0
-    content = json.load(open(tmp_path / "run.json"))
-    assert content["settings"]["seed"] == 5
-    assert content["settings"]["rank_high"] == 48
+def test_a_run_says_what_it_was(finished):
+    folder, _, model, _ = finished
+    content = json.load(open(folder / "run.json"))
     assert content["versions"]["torch"] == torch.__version__
-    assert [part["images"] for part in content["data"]] == [2, 2]
-    assert len(content["data"][0]["fingerprint"]) == 16
-    own = gara.adapter_state(gara.attach(tiny(), "gara"))
-    assert content["learnable_parameters"] == sum(value.numel() for value in own.values())
-    assert {"step_1.pt", "step_2.pt"} <= {*os.listdir(tmp_path)}
+    assert [part["images"] for part in content["data"]] == [6, 2]
+    assert content["learnable_parameters"] == sum(value.numel() for value in gara.adapter_state(model).values())
 
-def test_same_command_same_bits(demo, finished, tmp_path):
-    assert run_train(demo, tmp_path / "run") == 0
-    assert_same_run(tmp_path / "run", finished[0])
-
-@pytest.mark.parametrize("seed", [-1, 2**64 - 1])
-def test_seeds_of_any_size(demo, tmp_path, seed):
-    words = "--steps", 1, "--limit", 1, "--no-corrupt"
-    assert run_train(demo, tmp_path, *words, "--seed", seed) == 0
-    assert run_train(demo, tmp_path, *words, "--seed", seed, "--resume") == 0
-
-def test_names_that_are_not_utf_8(copied):
+def test_odd_names_and_images_do_not_end_a_run(copied, capsys):
+    """A name that is not UTF-8, masks that are cut short, extreme shapes; and the largest seed."""
     folder, images = copied
+    masks = folder / "demo" / "train" / "masks"
+    for path, size in zip(images[2:], [(16, 400), (1, 200), (300, 2)]):
+        Image.fromarray(np.zeros(size, np.uint8)).save(path)
+        np.save(masks / f"{path.stem}.npy", np.ones((1, *size), bool))
     strange = os.fsdecode(b"\xff\xe9")
-    for split in ("train", "val"):
-        for path in sorted((folder / "demo" / split).glob("*/*_00001.*")):
-            path.rename(path.with_stem(strange))
-    masks = folder / "demo" / "train" / "masks" / f"{strange}.npy"
-    masks.write_bytes(masks.read_bytes()[:90])
-    out = folder / strange
-    assert run_train(folder, out, "--steps", 4, "--val-images", 2) == 0
-    assert run_train(folder, out, "--steps", 4, "--val-images", 2, "--resume") == 0
-    assert sorted(os.listdir(out)) == [".lock", "curve.png", "gara.pt", "last.pt", "log.jsonl", "run.json"]
+    for path in folder.glob("demo/*/*/*_00001.*"):
+        path.rename(path.with_stem(strange))
+    (masks / f"{strange}.npy").write_bytes(b"cut")
+    out, words = folder / strange, f"--steps 3 --val-images 2 --seed {2**64 - 1}"
+    assert run_train(folder, out, words) == 0
+    assert "3 files skipped" in capsys.readouterr().out
+    assert run_train(folder, out, words, "--resume") == 0
+    assert sorted(os.listdir(out)) == FILES
     assert json.load(open(out / "run.json"))["settings"]["out"] == str(out)
 
 # Interrupted runs.
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """at_step(step, action): have the next runs do something in that step, or, with None, nothing again."""
-    rate = train.learning_rate
+def when_called(owner, name, value, action, *values, put=setattr):
+    """Have a function of a module or class begin with action(*values) where `value` is among its arguments."""
+    owner = sys.modules.get(owner, owner)
+    original = getattr(owner, name)
 
-    def set_action(step, action):
-        def learning_rate(now, *settings):
-            if now == step:
-                action()
-            return rate(now, *settings)
-        monkeypatch.setattr(train, "learning_rate", learning_rate if action else rate)
+    def call(*arguments):
+        if value in arguments:
+            action(*values)
+        return original(*arguments)
 
-    return set_action
+    put(owner, name, call)
 
-def stop():
-    raise KeyboardInterrupt
-
-def test_resuming_equals_never_stopping(demo, finished, tmp_path, at_step, capsys):
-    """Stopped in the fifth step, then resumed from the checkpoint of the third, in the middle of an interval."""
-    at_step(4, stop)
-    assert run_train(demo, tmp_path / "run") == 130
+def test_resuming_equals_never_stopping(demo, finished, tmp_path, monkeypatch, capsys):
+    """Ended at once in the fifth step, then resumed from the checkpoint of the third, in the middle of an interval."""
+    with monkeypatch.context() as patch:
+        for _ in range(2):  # Ctrl-C; the first alone would let the step end
+            when_called("train", "learning_rate", 4, signal.raise_signal, signal.SIGINT, put=patch.setattr)
+        assert run_train(demo, tmp_path) == 130
     assert "--resume" in capsys.readouterr().err
-    at_step(4, None)
-    train_refuses(demo, tmp_path / "run", capsys, "--resume")
+    assert saved_step(tmp_path) == 3
+    train_refuses(capsys, demo, tmp_path, "", "--resume")
     torch.rand(7)  # whatever the process did in between
-    assert run_train(demo, tmp_path / "run", "--resume") == 0
-    assert_same_run(tmp_path / "run", finished[0])
-
-def start_training(patch, *words):
-    """train.py in a process group of its own, after these lines of Python."""
-    program = f"""
-import multiprocessing, os, sys, time
-sys.path.insert(0, {os.path.dirname(train.__file__)!r})
-import data, train
-rate, image, main = train.learning_rate, data.Sample.image, os.getpid()
-{patch}
-sys.exit(train.main(sys.argv[1:]))
-"""
-    return subprocess.Popen([sys.executable, "-c", program, *map(str, words)], start_new_session=True, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | dict(OMP_NUM_THREADS=str(torch.get_num_threads())))
-
-def in_step(step, action):
-    return f"""
-def learning_rate(now, *settings):
-    if now == {step}:
-        {action}
-    return rate(now, *settings)
-train.learning_rate = learning_rate
-"""
-
-def ends(process, seconds=120):
-    """(exit code, stderr) of a process; the rest of its group has ended soon after it."""
-    _, text = process.communicate(timeout=seconds)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return process.returncode, text
-        time.sleep(0.05)
-    raise AssertionError("a child outlives its parent")
-
-def test_a_killed_run_goes_on_to_the_same_bits(demo, finished, tmp_path):
-    words = training(demo, tmp_path, "--workers", 1, "--save-minutes", 1e-6)
-    code, text = ends(start_training(in_step(5, "os.killpg(0, 9)"), *words))
-    assert code == -signal.SIGKILL, text
-    assert saved_step(tmp_path) == 5
-    for name in ("last.pt.part", "log.jsonl"):  # what a kill at the worst moments leaves
-        with open(tmp_path / name, "a") as file:
-            file.write('{"step": 1, "los')
-    assert run_cli(train.main, *words, "--resume") == 0
+    assert run_train(demo, tmp_path, "--resume") == 0
     assert_same_run(tmp_path, finished[0])
-    assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(finished[0]))
 
-def forked_run(words, kill_after=None):
-    """Train on one thread in a child, which is killed after so many seconds. Its exit code, -9 if that came first."""
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)
-            os._exit(run_cli(train.main, *words))
-        finally:
-            os._exit(70)
-    deadline = time.monotonic() + (kill_after or 120)
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def begin(words, stderr, changes, start):
+    """In a child: train on one thread, at the head of a process group, what it says on stderr in a file."""
+    os.setsid()
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method(start, force=True)
+    for change in changes:
+        when_called(*change)
+    with open(stderr, "w", buffering=1) as file, contextlib.redirect_stderr(file):
+        os.dup2(file.fileno(), 2)
+        sys.exit(run_cli(train.main, *words))
 
-def test_runs_killed_at_any_time_end_with_the_same_bits(demo, tmp_path):
-    """Whatever was being written: all files are there in the end, those of --keep-every too."""
-    words = ["--steps", 3, "--val-every", 2, "--keep-every", 1, "--save-minutes", 1e-6, "--method", "lora"]
+def train_in_child(words, *changes, start="fork"):
+    """(exit code, stderr) of a run with changes for `when_called`, which forked workers share. None outlives it."""
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")  # no fork trains by a GPU
+    with tempfile.NamedTemporaryFile("r") as stderr:
+        child = context.Process(target=begin, args=[words, stderr.name, changes, start])
+        child.start()
+        child.join(60)
+        with contextlib.suppress(ProcessLookupError):
+            for _ in range(1000):
+                os.killpg(child.pid, 0)
+                time.sleep(0.02)
+            os.killpg(child.pid, signal.SIGKILL)
+            pytest.fail("a process outlives the run")
+        return child.exitcode, stderr.read()
+
+def test_a_run_killed_again_and_again_ends_with_the_same_bits(demo, tmp_path):
+    """In a step, and when a file is to take its name. All are there in the end; no worker outlives a run."""
+    words = "--workers 1 --steps 3 --keep-every 1 --save-minutes 1e-6 --method lora"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    start = time.monotonic()
-    assert forked_run(training(demo, whole, *words)) == 0
-    seconds = time.monotonic() - start
-    for share in (0.95, 0.5, 0.7, None):
-        resume = ["--resume"] if (cut / "last.pt").exists() else []
-        code = forked_run(training(demo, cut, *words, *resume), share and share * seconds)
-    assert code == 0
+    assert train_in_child(training(demo, whole, words)) == (0, "")
+    resume = ""
+    calls = ("os", "replace", cut / "last.pt"), ("train", "learning_rate", 1), ("os", "replace", cut / "step_2.pt")
+    for call in calls:
+        kill = *call, signal.raise_signal, signal.SIGKILL
+        code, text = train_in_child(training(demo, cut, words, resume), kill)
+        assert code == -signal.SIGKILL, text
+        resume = "--resume" if (cut / "last.pt").exists() else ""
+        for name in ("last.pt.part", "log.jsonl"):
+            with open(cut / name, "a") as file:
+                file.write('{"step": 1, "los')
+    assert train_in_child(training(demo, cut, words, resume)) == (0, "")
     assert_same_run(cut, whole)
-    for name in [f"step_{k}.pt" for k in range(1, 4)]:
-        weights = [gara.read_adapter(folder / name)["weights"] for folder in (cut, whole)]
-        assert same(*weights), name
-
-def test_a_signal_to_all_processes_of_a_run_stops_it_in_order(demo, tmp_path):
-    """As Ctrl-C in a terminal and schedulers send it: the workers must not die first."""
-    words = training(demo, tmp_path, "--workers", 1)
-    code, text = ends(start_training(in_step(1, "os.killpg(0, 15)"), *words))
-    assert code == 143
-    assert "stopped by signal 15 after step 2" in text
-    assert "Traceback" not in text
-    assert saved_step(tmp_path) == 2
+    kept = ["step_1.pt", "step_2.pt", "step_3.pt"]
+    assert {*os.listdir(cut)} == {*FILES, *kept, "lora.pt"} - {"gara.pt"}
+    for name in kept:
+        one, two = (gara.read_adapter(folder / name)["weights"] for folder in (cut, whole))
+        assert same(one, two), name
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_end_a_run_after_the_step_at_hand(demo, tmp_path, at_step, capsys, number, code):
-    at_step(1, lambda: os.kill(os.getpid(), number))
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    assert run_train(demo, tmp_path) == code
-    assert "--resume" in capsys.readouterr().err
+def test_a_signal_to_all_processes_of_a_run_stops_it_in_order(demo, tmp_path, number, code):
+    """As schedulers and Ctrl-C in a terminal send it: after the step at hand. The workers must not die first."""
+    done = train_in_child(training(demo, tmp_path, "--workers 1"), ("train", "learning_rate", 1, os.killpg, 0, number))
+    assert done == (code, f"stopped by signal {number} after step 2; --resume goes on from there\n")
     assert saved_step(tmp_path) == 2
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
-@pytest.mark.parametrize("start, action, message", [
-    ("fork", "os._exit(1)", "loads data died"),
-    ("fork", "raise RuntimeError('some error')", "RuntimeError: some error"),
-    ("spawn", "raise RuntimeError('some error')", "RuntimeError: some error")])
-def test_what_ends_a_worker_ends_the_run_in_one_line(demo, tmp_path, start, action, message):
+@pytest.mark.parametrize("action, message", [
+    ((os._exit, 1), "loads data died"), ((int, "x"), "ValueError: invalid literal")])
+def test_what_ends_a_worker_ends_the_run_in_one_line(demo, tmp_path, action, message):
     """After a checkpoint; a worker that is stuck does not hold up the end."""
-    program = tmp_path / "program.py"
-    program.write_text(f"""
-import multiprocessing, os, sys, time
-sys.path.insert(0, {os.path.dirname(train.__file__)!r})
-import train
-
-class Examples(train.Examples):
-    def __getitem__(self, i):
-        if i == 12:
-            time.sleep(1000)
-        if i == 6:
-            {action}
-        return super().__getitem__(i)
-
-train.Examples = Examples
-if __name__ == "__main__":
-    multiprocessing.set_start_method("{start}")
-    sys.exit(train.main(sys.argv[1:]))
-""")
-    words = training(demo, tmp_path / "run", "--steps", 20, "--val-every", 20, "--workers", 2)
-    process = subprocess.Popen([sys.executable, program, *map(str, words)], start_new_session=True, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    code, text = ends(process)
+    words = training(demo, tmp_path, "--steps 20 --val-every 20 --workers 2")
+    stuck = train.Examples, "__getitem__", 12, time.sleep, 1000
+    code, text = train_in_child(words, (train.Examples, "__getitem__", 6, *action), stuck)
     assert code == 2
     assert text.count("\n") == 1
     assert message in text
-    assert f"--resume goes on from step {saved_step(tmp_path / 'run')}" in text
-    assert saved_step(tmp_path / "run") > 0
+    saved = saved_step(tmp_path)
+    assert saved > 0
+    assert f"--resume goes on from step {saved}" in text
 
-def test_workers_end_with_a_killed_run(demo, tmp_path):
-    words = training(demo, tmp_path, "--workers", 2, "--steps", 50)
-    assert ends(start_training(in_step(1, "os.kill(main, 9)"), *words))[0] == -signal.SIGKILL
-
-@pytest.fixture
-def ended(finished, tmp_path):
-    """A copy of the finished run's folder."""
-    shutil.copytree(finished[0], tmp_path / "ended")
-    return tmp_path / "ended"
-
-@pytest.mark.parametrize("words", [[], ["--resume"]])
-def test_a_second_run_in_one_folder_is_refused(demo, ended, capsys, words):
-    program = f"import sys; sys.path.insert(0, {HERE!r}); import data\nwith data.alone_in({str(ended)!r}): print(); input()"
-    first = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    first.stdout.readline()
+def test_a_second_run_in_one_folder_is_refused(demo, ended):
     before = everything(ended)
-    assert run_train(demo, ended, *words) == 2
-    one_error(capsys, "another program", str(ended))
+    with data.alone_in(ended):
+        code, text = train_in_child(training(demo, ended, "--resume"))
+    assert code == 2
+    assert "another program" in text
     assert everything(ended) == before
-    first.communicate(b"\n")
-    assert run_train(demo, ended, "--resume") == 0
 
-@pytest.mark.parametrize("words, then, now", [
-    ("--lr 2e-3", "--lr 0.001", "0.002"),
-    ("--weight-decay 0", "--weight-decay 1e-05", "0.0"),
-    ("--clip 1", "--clip None", "1.0"),
-    ("--accumulate 2", "--accumulate 1", "2"),
-    ("--batch-size 3", "--batch-size 2", "3"),
-    ("--amp bf16", "--amp off", "bf16"),
-    ("--steps 8", "--steps 6", "8"),
-    ("--conditions fog", "--conditions ['clear', ", "['fog']"),
-    ("--stored", "--stored False", "True"),
-    ("--limit 3", "--data ", "'images': 3"),
-    ("--val-images 2", "--val-images 1", "2"),
-    ("--rank-low 3", "--rank-low 4", "3"),
-    ("--method lora", "--method gara", "lora"),
-    ("--pretrain", "--method gara", "pretrain"),
-    ("--init finished/gara.pt", "--init None", "gara.pt"),
-    ("--prompts p.json", "--prompts []", "['"),
-    ("--checkpoint other.pth", "--checkpoint ", "")])
-def test_a_run_goes_on_with_no_other_settings(demo, finished, monkeypatch, capsys, words, then, now):
-    monkeypatch.chdir(demo)
-    if not os.path.exists("p.json"):
-        other = {key: value + 0.1 for key, value in tiny_weights().items()}
-        torch.save(other, "other.pth")
-        run_cli(data.main, "demo", "--export-prompts", "p.json")
-    before = everything(demo)
-    capsys.readouterr()
-    assert run_train(demo, finished[0], "--resume", *words.split()) == 2
-    one_error(capsys, "is of a run with", then, ", not ", now)
-    assert everything(demo) == before
+@pytest.fixture(scope="module")
+def files(demo, finished):
+    """The demo's folder with what must be refused: cut and other weights, adapters of others, a set without val."""
+    content = gara.read_adapter(finished[0] / "gara.pt")
+    torch.save(content, demo / "good.pt")
+    torch.save(content | dict(backbone="vit_b"), demo / "vit_b.pt")
+    torch.save(content | dict(base="another"), demo / "other.pt")
+    torch.save(torch.nn.Linear(2, 2), demo / "model.pt")
+    torch.save({key: value + 0.1 for key, value in tiny_weights().items()}, demo / "other.pth")
+    for whole, cut in ("good.pt", "cut.pt"), ("w.pth", "cut.pth"):
+        (demo / cut).write_bytes((demo / whole).read_bytes()[:-999])
+    shutil.copytree(demo / "demo" / "train", demo / "bare" / "train")
+    run_cli(data.main, demo / "demo", "--export-prompts", demo / "p.json")
+    return demo
 
-def test_a_run_goes_on_elsewhere_and_says_so(demo, ended, finished, capsys):
-    """Where and how it is computed, and what is kept of it, may change: the state is the same."""
-    words = "--workers", 1, "--log-every", 3, "--save-minutes", 1, "--val-every", 2, "--checkpointing"
-    assert run_train(demo, ended, "--resume", *words) == 0
+@pytest.mark.parametrize("words", [
+    "--lr 2e-3 --weight-decay 0 --clip 1 --accumulate 2 --batch-size 3 --amp bf16 --steps 8 --conditions fog --stored "
+    "--limit 3 --val-images 2 --rank-low 3 --init good.pt --prompts p.json --checkpoint other.pth --seed 1",
+    "--method lora", "--pretrain"])
+def test_a_run_goes_on_with_no_other_settings(files, monkeypatch, capsys, words):
+    monkeypatch.chdir(files)
+    flags = [word for word in words.split() if word.startswith("--")]
+    train_refuses(capsys, files, "finished", f"--resume {words}", "is of a run with", ", not ", *flags)
+
+def test_a_run_goes_on_elsewhere_and_says_so(copied, ended, finished, capsys):
+    """With the data moved, without log.jsonl and run.json, and computed otherwise: the state is the same."""
+    (ended / "log.jsonl").unlink()
+    (ended / "run.json").write_bytes(b'{"step": 1')
+    words = "--resume --workers 1 --log-every 3 --save-minutes 1 --val-every 2 --checkpointing"
+    assert run_train(copied[0], ended, words) == 0
     assert "--workers 1; before: 0" in capsys.readouterr().out
-    assert_same_run(ended, finished[0])
-
-@pytest.mark.parametrize("file", ["clear", "masks"])
-def test_a_run_goes_on_with_no_other_images(copied, capsys, file):
-    folder, _ = copied
-    assert run_train(folder, folder / "run", "--steps", 1) == 0
-    before = json.load(open(folder / "run" / "run.json"))
-    path = next((folder / "demo" / "val" / file).iterdir())
-    os.utime(path, (0, 0))
-    capsys.readouterr()
-    assert run_train(folder, folder / "run", "--steps", 1, "--resume") == 2
-    one_error(capsys, "--data", "sizes_and_times")
-    assert json.load(open(folder / "run" / "run.json")) == before
-
-@pytest.mark.parametrize("entry, value", [
-    ("step", "x"), ("step", 99), ("best", None), ("sums", dict(loss="x")), ("lines", 5), ("optimizer", {}),
-    ("optimizer", dict(state={0: 5})), ("optimizer", dict(state={999: dict(step=1)})), ("exp_avg", torch.zeros(3)),
-    ("exp_avg_sq", "x"), ("step of it", torch.tensor(-1.0)), ("settings", None), ("training", None), ("flip", None)])
-def test_resuming_from_a_damaged_state(demo, ended, capsys, entry, value):
-    content = last(ended)
-    meta = content["meta"]
-    training_state = meta["training"]
-    if entry in training_state:
-        training_state[entry] = value
-    elif entry in meta:
-        meta[entry] = value
-    else:
-        training_state["optimizer"]["state"][0][entry.split(" ")[0]] = value
-    torch.save(content, ended / "last.pt")
-    if entry == "flip":
-        raw = bytearray((ended / "last.pt").read_bytes())
-        raw[len(raw) // 2] ^= 4
-        (ended / "last.pt").write_bytes(raw)
-    train_refuses(demo, ended, capsys, "last.pt is damaged", "--resume")
-
-def test_resuming_from_an_older_state(demo, ended, capsys):
-    content = last(ended)
-    content["meta"]["settings"] = dict(lr="0.001")
-    torch.save(content, ended / "last.pt")
-    train_refuses(demo, ended, capsys, "older", "--resume")
-
-@pytest.mark.parametrize("pretrain", [[], ["--pretrain"]])
-@pytest.mark.parametrize("kind", ["not weights", "adapter of other weights", "adapter alone"])
-def test_resuming_from_a_wrong_file(demo, tmp_path, capsys, pretrain, kind):
-    if kind == "not weights":
-        (tmp_path / "last.pt").write_bytes(b"not weights" * 99)
-    else:
-        base = sam.build_sam("vit_t") if kind == "adapter of other weights" else tiny()
-        gara.save_adapter(gara.attach(base, "gara"), tmp_path / "last.pt")
-    train_refuses(demo, tmp_path, capsys, "last.pt", "--resume", *pretrain)
-    assert sorted(os.listdir(tmp_path)) == [".lock", "last.pt"]
-
-@pytest.mark.parametrize("damage", [None, b"", b"\0\0", b'{"step": 1', b"[]\n5\n"])
-def test_side_files_are_not_needed_to_go_on(demo, ended, finished, damage):
-    for name in ("log.jsonl", "run.json", "curve.png"):
-        (ended / name).unlink()
-        if damage is not None:
-            (ended / name).write_bytes(damage)
-    assert run_train(demo, ended, "--resume") == 0
     assert_same_run(ended, finished[0])
     assert json.load(open(ended / "run.json"))["settings"]["lr"] == 1e-3
 
-def test_a_curve_that_cannot_be_drawn_costs_nothing(demo, finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "draw_training", lambda *_: 1 / 0)
-    assert run_train(demo, tmp_path) == 0
-    assert capsys.readouterr().out.count("curve.png could not be written: division by zero") == 3
-    assert_same_run(tmp_path, finished[0])
+@pytest.mark.parametrize("part", ["clear", "masks"])
+def test_a_run_goes_on_with_no_other_images(copied, ended, capsys, part):
+    folder, _ = copied
+    os.utime(next((folder / "demo" / "val" / part).iterdir()), (0, 0))
+    train_refuses(capsys, folder, ended, "--resume", "--data", "sizes_and_times")
 
-def test_pretraining_goes_on_from_before_its_first_log_line(demo, tmp_path, at_step):
-    words = "--pretrain", "--log-every", 9, "--val-every", 9, "--steps", 4
-    assert run_train(demo, tmp_path / "whole", *words) == 0
-    at_step(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert run_train(demo, tmp_path / "cut", *words) == 143
-    at_step(1, None)
-    assert run_train(demo, tmp_path / "cut", *words, "--resume") == 0
-    assert same(last(tmp_path / "cut")["sam"], last(tmp_path / "whole")["sam"])
+@pytest.mark.parametrize("way, value", [
+    ("base", "another"), ("weights", {}), ("meta", {}), ("meta settings", dict(lr="0.001")), ("meta training", None),
+    ("meta training step", "x"), ("meta training step", 99), ("meta training sums", dict(loss="x")),
+    ("meta training optimizer", {}), ("meta training optimizer state 0", 5),
+    ("meta training optimizer state 999", dict(step=1)), ("meta training optimizer state 0 exp_avg", torch.zeros(3)),
+    ("meta training optimizer state 0 step", torch.tensor(-1.0))])
+def test_resuming_from_a_damaged_state(demo, ended, capsys, way, value):
+    content = node = last(ended)
+    *above, key = [int(key) if key.isdigit() else key for key in way.split()]
+    for name in above:
+        node = node[name]
+    node[key] = value
+    torch.save(content, ended / "last.pt")
+    train_refuses(capsys, demo, ended, "--resume", "last.pt is", "start another --out")
 
-def test_what_is_kept_is_written_before_the_state(demo, tmp_path, monkeypatch):
-    """So a kill between the two loses nothing: the step is done again."""
-    write, written = os.replace, []
-    monkeypatch.setattr(os, "replace", lambda part, path: written.append(os.path.basename(path)) or write(part, path))
-    assert run_train(demo, tmp_path, "--steps", 1, "--keep-every", 1) == 0
-    assert written.index("step_1.pt") < len(written) - 1 - written[::-1].index("last.pt")
+def test_resuming_from_a_damaged_file(demo, ended, capsys):
+    content = (ended / "last.pt").read_bytes()
+    (ended / "last.pt").write_bytes(content[:20000] + bytes(999) + content[20999:])
+    train_refuses(capsys, demo, ended, "--resume", "last.pt is damaged")
 
-def test_a_full_disk_leaves_the_last_checkpoint(demo, finished, tmp_path, monkeypatch, capsys):
-    write = torch.save
+def test_a_curve_that_cannot_be_drawn_costs_nothing(demo, tmp_path, monkeypatch, capsys):
+    when_called("train", "draw_training", tmp_path / "curve.png", int, "x", put=monkeypatch.setattr)
+    assert run_train(demo, tmp_path, "--steps 1") == 0
+    assert capsys.readouterr().out.count("curve.png could not be written: invalid literal") == 2
 
-    def full_from_step_3(content, path):
-        write(content, path)
-        if content["meta"]["step"] == 3:
-            raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full_from_step_3)
-        assert run_train(demo, tmp_path) == 2
-    one_error(capsys, "No space left", "--resume")
-    assert not list(tmp_path.glob("*.part"))
+def test_a_file_that_cannot_be_written_leaves_the_last_checkpoint(demo, tmp_path, monkeypatch, capsys):
+    when_called("os", "replace", tmp_path / "step_1.pt", open, tmp_path, put=monkeypatch.setattr)
+    assert run_train(demo, tmp_path, "--keep-every 1") == 2
+    one_error(capsys, "cannot write", "MB are free", "--resume")
+    assert sorted(os.listdir(tmp_path)) == FILES
     assert saved_step(tmp_path) == 0
-    assert run_train(demo, tmp_path, "--resume") == 0
-    assert_same_run(tmp_path, finished[0])
 
 # Bad steps and bad files.
 
 def test_steps_without_a_finite_gradient_are_skipped_and_counted(demo, tmp_path, monkeypatch, capsys):
     loss, calls = train.mask_loss, itertools.count()
     monkeypatch.setattr(train, "mask_loss", lambda z, t: loss(z, t) * (math.nan if next(calls) in (2, 3) else 1))
-    assert run_train(demo, tmp_path, "--steps", 4, "--log-every", 1) == 0  # two calls a step: the second is bad
+    assert run_train(demo, tmp_path, "--steps 3 --log-every 1") == 0  # two calls a step: the second is bad
     lines = log_of(tmp_path, "lr")
-    assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 1]
-    assert ["loss" in line for line in lines] == [True, False, True, True]
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 1]
+    assert ["loss" in line for line in lines] == [True, False, True]
     for value in last(tmp_path)["weights"].values():
         assert value.isfinite().all()
-    skipped = re.findall("step 1 skipped, its gradient is not finite.*train_0", capsys.readouterr().out)
-    assert len(skipped) == 1
+    assert len(re.findall("step 1 skipped, its gradient is not finite.*train_0", capsys.readouterr().out)) == 1
 
 def test_training_gives_up_when_the_loss_stays_not_finite(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "mask_loss", lambda logits, targets: logits.sum((-2, -1)) * math.nan)
-    assert run_train(demo, tmp_path, "--steps", 20, "--val-every", 20) == 2
-    one_error(capsys, "10 steps in a row", "train_0")
+    monkeypatch.setattr(train, "BAD_STEPS", 3)
+    assert run_train(demo, tmp_path, "--val-every 9 --method lora") == 2
+    one_error(capsys, "3 steps in a row", "train_0")
     assert saved_step(tmp_path) == 0
 
-@pytest.fixture
-def copied(demo, tmp_path):
-    """A copy of the demo to spoil, and its training images."""
-    shutil.copytree(demo / "demo", tmp_path / "demo")
-    shutil.copy(demo / "w.pth", tmp_path)
-    return tmp_path, sorted((tmp_path / "demo" / "train" / "clear").iterdir())
-
-def test_bad_files_are_named_and_training_goes_on(copied, capsys):
-    folder, images = copied
-    images[2].write_bytes(images[2].read_bytes()[:300])
-    assert run_train(folder, folder / "run", "--steps", 7) == 0  # more than two epochs
-    text = capsys.readouterr().out
-    assert text.count(images[2].name) == 1
-    assert "1 files skipped" in text.splitlines()[-1]
-
-@pytest.mark.parametrize("error", [ValueError("some\nlines"), KeyError("x"), MemoryError(), RuntimeError("x")])
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_whatever_a_sample_raises_is_its_own_error(demo, tmp_path, monkeypatch, capsys, split, error):
-    """It is named, skipped and counted; --strict refuses it."""
+def test_whatever_a_sample_raises_is_its_own_error(demo, tmp_path, monkeypatch, capsys):
+    """It is skipped and named once, in two epochs; --strict refuses it."""
+    errors = {"val_00001": MemoryError(), "train_00001": ValueError("some\nlines")}
     image = data.Sample.image
 
-    def spoilt(self, *settings, **more):
-        if self.name == f"{split}_00001":
-            raise error
-        return image(self, *settings, **more)
+    def spoilt(sample, *settings, **more):
+        if sample.name in errors:
+            raise errors[sample.name]
+        return image(sample, *settings, **more)
 
     monkeypatch.setattr(data.Sample, "image", spoilt)
-    words = "--steps", 4, "--val-images", 2, "--method", "lora"
-    assert run_train(demo, tmp_path / "run", *words) == 0
+    words = "--val-every 6 --val-images 2 --method lora"
+    assert run_train(demo, tmp_path / "run", words) == 0
     text = capsys.readouterr().out
-    assert text.count(f"cannot use {split}_00001 ({type(error).__name__}") == 1
-    assert run_train(demo, tmp_path / "strict", *words, "--strict") == 2
-    one_error(capsys, f"{split}_00001")
+    for name, error in [*errors.items()]:
+        assert text.count(f"cannot use {name} ({type(error).__name__}") == 1
+        assert run_train(demo, tmp_path / name, words, "--strict") == 2
+        one_error(capsys, name)
+        del errors[name]
 
-@pytest.mark.parametrize("height, width", [(10, 300), (1, 200), (300, 2)])
-def test_images_of_odd_shapes_do_not_end_a_run(copied, height, width):
+def test_a_set_without_a_good_file_ends_training(copied):
+    """In a worker that is spawned, as on other systems."""
     folder, images = copied
-    Image.new("RGB", (width, height), "red").save(images[0])
-    np.save(folder / "demo" / "train" / "masks" / f"{images[0].stem}.npy", np.ones((1, height, width), bool))
-    words = training(folder, folder / "run", "--workers", 1, "--steps", 6)
-    code, text = ends(start_training("", *words))
-    assert code == 0, text
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_set_without_a_good_file_ends_training(copied, capsys, workers):
-    folder, images = copied
-    for image in images:
-        image.write_bytes(b"")
-    assert run_train(folder, folder / "run", "--workers", workers) == 2
-    one_error(capsys, "none of the 6 samples")
+    for path in images:
+        path.write_bytes(b"")
+    code, text = train_in_child(training(folder, folder / "run", "--workers 1"), start="spawn")
+    assert code == 2
+    assert text.startswith("error: none of the 6 samples")
+    assert text.count("\n") == 1
 
 # Methods and settings.
 
 @pytest.mark.parametrize("method, words, expected", [
-    ("gara", "--rank-low 2 --rank-high 5", dict(rank_low=2, rank_high=5, temperature=0.5, scope="image")),
-    ("gara", "--scope window", dict(rank_low=4, rank_high=48, temperature=0.5, scope="window")),
+    ("gara", "--rank-low 2 --scope window", dict(rank_low=2, rank_high=48, temperature=0.5, scope="window")),
     ("gara_flat", "--temperature 0.7", dict(rank=4, temperature=0.7, scope="image")),
     ("gara_space", "--rank-high 5", dict(rank_low=4, rank_high=5, temperature=0.5, scope="image")),
-    ("gara_random", "--rank-high 5", dict(rank_low=4, rank_high=5, scope="image")),
+    ("gara_random", "", dict(rank_low=4, rank_high=48, scope="image")),
     ("lora", "--rank 3", dict(rank=3)),
     ("moe_lora", "--experts 1,3", dict(experts=(1, 3), temperature=0.5, scope="image"))])
-def test_every_method_trains_resumes_and_evaluates(demo, tmp_path, at_step, method, words, expected):
-    words = ["--method", method, *words.split(), "--steps", 2, "--val-every", 1, "--no-corrupt"]
-    assert run_train(demo, tmp_path / "whole", *words) == 0
-    at_step(1, stop)
-    assert run_train(demo, tmp_path / "cut", *words) == 130
-    at_step(1, None)
-    assert run_train(demo, tmp_path / "cut", *words, "--resume") == 0
-    assert_same_run(tmp_path / "cut", tmp_path / "whole")
-    content = gara.read_adapter(tmp_path / "whole" / f"{method}.pt")
+def test_every_method_trains_resumes_and_evaluates(demo, tmp_path, method, words, expected):
+    words = f"--method {method} {words} --steps 1 --no-corrupt --seed -1"
+    for resume in ("", "--resume"):
+        assert run_train(demo, tmp_path, words, resume) == 0
+    content = gara.read_adapter(tmp_path / "last.pt")
     assert content["method"] == method
     assert content["options"] == expected
-    adapter = tmp_path / "whole" / "last.pt"
-    assert run_evaluate(demo, tmp_path / "results", "--ckpt", adapter, "--no-corrupt", "--limit", 1) == 0
+    assert run_evaluate(demo, tmp_path, "--ckpt", tmp_path / f"{method}.pt", "--no-corrupt", "--limit", 1) == 0
 
 def test_a_run_may_begin_with_a_trained_adapter(demo, finished, tmp_path):
     """At step 0 it is the trained one, to the bit, and when it goes on after a stop, not once more."""
-    start = tmp_path / "start.pt"
+    start, run = tmp_path / "start.pt", tmp_path / "run"
     shutil.copy(finished[0] / "last.pt", start)
-    model = train.build_model(settings(demo, "--init", start))
-    assert same(gara.adapter_state(model), last(finished[0])["weights"])
-    assert run_train(demo, tmp_path / "run", "--init", start, "--steps", 2) == 0
-    assert log_of(tmp_path / "run", "validation")[0]["validation"] == last(finished[0])["meta"]["validation"]
-    digest = train.hashlib.sha256(start.read_bytes()).hexdigest()
+    digest = hashlib.sha256(start.read_bytes()).hexdigest()
+    words = f"--init {start} --steps 1"
+    assert run_train(demo, run, words) == 0
+    assert log_of(run, "validation")[0]["validation"] == last(finished[0])["meta"]["validation"]
     start.unlink()
-    trained = last(tmp_path / "run")["weights"]
-    assert run_train(demo, tmp_path / "run", "--init", start, "--steps", 2, "--resume") == 0
-    assert same(last(tmp_path / "run")["weights"], trained)
-    content = json.load(open(tmp_path / "run" / "run.json"))
-    assert content["settings"]["init"] == str(start)
-    assert content["init_sha256"] == digest
-
-@pytest.mark.parametrize("words, message", [
-    ("--rank-low 3", "options"), ("--method lora", "method gara"), ("--image-size 64", "image_size 128"),
-    ("--init vit_b.pt", "backbone vit_b"), ("--init other.pt", "other vit_t weights"),
-    ("--init w.pth", "SAM checkpoint"), ("--init nothing.pt", "no adapter file"), ("--init cut.pt", "damaged"),
-    ("--init model.pt", "not an adapter")])
-def test_a_run_begins_with_no_other_adapter(demo, finished, tmp_path, monkeypatch, capsys, words, message):
-    monkeypatch.chdir(tmp_path)
-    content = gara.read_adapter(finished[0] / "gara.pt")
-    torch.save(content, "good.pt")
-    torch.save(content | dict(backbone="vit_b"), "vit_b.pt")
-    torch.save(torch.nn.Linear(2, 2), "model.pt")
-    torch.save(content | dict(base="another"), "other.pt")
-    shutil.copy(demo / "w.pth", tmp_path)
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:-999])
-    before = everything(tmp_path)
-    assert run_train(demo, "out", "--init", "good.pt", *words.split()) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert error.startswith("error: --init: ")
-    assert message in error
-    assert not re.search("detach|weights_only|Weights only", error)
-    assert everything(tmp_path) == before
+    assert run_train(demo, run, words, "--resume") == 0
+    assert json.load(open(run / "run.json"))["init_sha256"] == digest
 
 def test_conditions_can_be_chosen(demo, tmp_path, monkeypatch):
     asked = []
     image = data.Sample.image
     monkeypatch.setattr(data.Sample, "image", lambda self, condition="clear", *more, **options: (
         asked.append(condition) or image(self, condition, *more, **options)))
-    assert run_train(demo, tmp_path, "--steps", 2, "--method", "lora", "--conditions", "night", "snow@2") == 0
+    assert run_train(demo, tmp_path, "--steps 2 --method lora --conditions night snow@2") == 0
     assert set(asked) == {"night", "snow@2"}  # validation never sees another one either
     for line in log_of(tmp_path, "validation"):
         assert line["validation"].keys() == {"point degraded", "box degraded"}
 
 def test_a_smaller_model_input_for_a_try(demo, tmp_path):
     """The adapter says at which size it was trained, and evaluation and sam.py take that size by themselves."""
-    assert run_train(demo, tmp_path, "--steps", 1, "--image-size", 64) == 0
+    assert run_train(demo, tmp_path, "--steps 1 --image-size 64") == 0
     adapter = tmp_path / "gara.pt"
     assert gara.read_adapter(adapter)["image_size"] == 64
-    examples = train.examples_of(data.load_dataset(demo / "demo", "train"), settings(demo, "--image-size", 64), 1)
-    assert examples[0]["targets"].shape[1:] == (32, 32)
     assert run_evaluate(demo, tmp_path / "results", "--ckpt", adapter, "--no-corrupt", "--limit", 1) == 0
     image = next((demo / "demo" / "test" / "clear").iterdir())
     assert run_cli(sam.main, image, "--box", "20,20,60,60", "--adapter", adapter, "--backbone", "vit_t", "--out",
                    tmp_path / "o.png", "--checkpoint", demo / "w.pth", "--device", "cpu") == 0
 
-@pytest.mark.parametrize("method", ["lora", "gara"])
-def test_one_image_can_be_learned(tmp_path, demo, method):
-    data.make_demo(tmp_path / "demo", train=1, val=1, test=0)
-    shutil.copy(demo / "w.pth", tmp_path)
-    assert run_train(tmp_path, tmp_path / "run", "--steps", 20, "--method", method, "--no-corrupt", "--log-every", 1,
-                     "--lr", 3e-3, "--val-every", 20) == 0
-    losses = [line["loss"] for line in log_of(tmp_path / "run", "loss")]
+def test_one_image_can_be_learned(demo, tmp_path):
+    assert run_train(demo, tmp_path, "--limit 1 --steps 12 --val-every 12 --no-corrupt --log-every 1 --lr 5e-3") == 0
+    losses = [line["loss"] for line in log_of(tmp_path, "loss")]
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
 
-def test_pretraining_writes_a_sam(demo, tmp_path):
-    assert run_train(demo, tmp_path, "--pretrain", "--steps", 4) == 0
-    assert run_train(demo, tmp_path, "--pretrain", "--steps", 4, "--resume") == 0
-    model = sam.build_sam("vit_t", tmp_path / "sam_vit_t.pth")
-    for p in model.parameters():
-        assert p.isfinite().all()
-    halves = 2 * sum(p.numel() for p in model.parameters())
-    assert (tmp_path / "sam_vit_t.pth").stat().st_size < 1.1 * halves + 10**5
+def test_pretraining_writes_a_sam(demo, tmp_path, monkeypatch):
+    """Stopped before its first line of the log, it goes on to the same weights."""
+    words = "--pretrain --log-every 9 --val-every 9 --steps 4"
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run_train(demo, whole, words) == 0
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        when_called("train", "learning_rate", 1, signal.raise_signal, signal.SIGTERM, put=patch.setattr)
+        assert run_train(demo, cut, words) == 143
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert run_train(demo, cut, words, "--resume") == 0
+    assert same(last(cut)["sam"], last(whole)["sam"])
+    halves = sam.build_sam("vit_t", whole / "sam_vit_t.pth").state_dict()
+    for key, value in last(whole)["sam"].items():
+        assert torch.equal(halves[key], value.half().float()), key
 
 def test_the_whole_encoder_learns_with_method_full(demo, tmp_path):
-    assert run_train(demo, tmp_path / "run", "--steps", 2, "--method", "full", "--lr", 1e-4) == 0
-    weights, start = last(tmp_path / "run")["sam"], tiny_weights()
+    assert run_train(demo, tmp_path, "--steps 1 --method full --lr 1e-4") == 0
+    weights, start = last(tmp_path)["sam"], tiny_weights()
     moved = {key.split(".")[0] for key, value in weights.items() if not torch.equal(value, start[key])}
     assert moved == {"image_encoder"}
-    full = tmp_path / "run" / "full.pt"
-    assert sam.build_sam("vit_t", full).state_dict().keys() == weights.keys()
-    assert run_evaluate(demo, tmp_path / "out", "--checkpoint", full, "--limit", 1) == 0
+    assert sam.build_sam("vit_t", tmp_path / "full.pt").state_dict().keys() == weights.keys()
 
 # Batches in parts, and on several processes.
 
@@ -4165,144 +3920,97 @@ def gradients(args, share):
 def test_the_gradient_is_the_mean_over_masks_however_the_batch_is_cut(demo):
     examples = examples_of(data.load_dataset(demo / "demo", "train"), masks_per_image=2)
     batch = [examples[i] for i in range(5)]
-    words = "--method", "lora", "--steps", 1, "--batch-size", 5, "--lr", 1
-    whole = gradients(settings(demo, *words), batch)
-    assert close(gradients(settings(demo, *words, "--accumulate", 3), batch), whole, 1e-4)
-    assert close(gradients(settings(demo, *words, "--checkpointing"), batch), whole, 1e-4)
-    shares = [gradients(settings(demo, *words), share) for share in (batch[::2], batch[1::2])]
+    words = "--method lora --steps 1 --batch-size 5 --lr 1"
+    whole = gradients(settings(demo, words), batch)
+    assert close(gradients(settings(demo, words, "--accumulate 3"), batch), whole, 1e-4)
+    assert close(gradients(settings(demo, words, "--checkpointing"), batch), whole, 1e-4)
+    shares = [gradients(settings(demo, words), share) for share in (batch[::2], batch[1::2])]
     assert close(shares[0] + shares[1], whole, 1e-4)  # of two processes, before they are added
 
-@pytest.fixture(scope="module")
-def shared(demo):
-    """The folders of a run on one process and of the same on two, and the text of the latter, which lists the threads
-    that Gloo has left behind. LoRA, whose gates draw no noise; batches of 3, so shares of 2 and 1."""
-    words = "--batch-size", 3, "--steps", 3, "--method", "lora", "--lr", 1e-3, "--val-images", 2
-    assert run_train(demo, demo / "one", *words) == 0
-    (demo / "two.py").write_text(f"""
-import glob, sys
-sys.path.insert(0, {os.path.dirname(train.__file__)!r})
-import train
+TWO = """
+import glob, sys, train
 code = train.main(sys.argv[1:])
 names = [open(path).read().strip() for path in glob.glob("/proc/self/task/*/comm")]
 print("threads:", *(name for name in names if "gloo" in name))
 sys.exit(code)
-""")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", demo / "two.py",
-               *training(demo, demo / "two", *words)]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600,
-                          env=os.environ | dict(OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr
-    return demo / "one", demo / "two", done.stdout
+"""
 
-def test_two_processes_train_as_one(shared):
-    """The same examples, and gradients up to rounding."""
-    one, two = last(shared[0]), last(shared[1])
+def test_two_processes_train_as_one(demo, tmp_path):
+    """Up to rounding, on shares of 2 and 1. A thread of Gloo that outlives Python would abort its process."""
+    words = "--batch-size 3 --steps 2 --method lora --val-images 2"
+    assert run_train(demo, tmp_path / "one", words) == 0
+    (tmp_path / "two.py").write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+               str(tmp_path / "two.py"), *training(demo, tmp_path / "two", words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=HERE))
+    assert done.returncode == 0, done.stderr
+    assert re.findall("^threads:.*", done.stdout, re.M) == ["threads:"] * 2
+    assert done.stdout.count("step 2/2") == 1  # one voice
+    one, two = last(tmp_path / "one"), last(tmp_path / "two")
     for key, value in one["weights"].items():  # Adam makes whole steps of the rounding where the gradient is nearly 0
         assert (two["weights"][key] - value).norm() < 0.02 * value.norm(), key
     for key, value in one["meta"]["validation"].items():
         assert two["meta"]["validation"][key] == pytest.approx(value, abs=2e-3)
-    assert shared[2].count("step 3/3") == 1  # one voice
-
-def test_two_processes_validate_as_one(shared):
-    """Before any step, to the last digit."""
-    one, two = (log_of(folder, "validation")[0] for folder in shared[:2])
-    assert one == two
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="this system does not list threads")
-def test_no_thread_of_a_process_group_outlives_it(shared):
-    """One that lets go of a tensor when Python has ended aborts its process, and torchrun calls the run a failure."""
-    lines = [line for line in shared[2].splitlines() if line.startswith("threads:")]
-    assert lines == ["threads:"] * 2
+    starts = log_of(tmp_path / "one", "validation"), log_of(tmp_path / "two", "validation")
+    assert starts[0][0] == starts[1][0]  # before any step, to the last digit
 
 # Datasets.
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_dataset_trains_and_is_measured(layout, demo, tmp_path, capsys):
-    """One step and one evaluation on each miniature, then with pinned prompts, through the command lines."""
-    expected = write_layout(layout, tmp_path / "set")
-    root = f"{layout.split('-')[0]}={tmp_path / 'set'}"
-    prompts, out = tmp_path / "p.json", tmp_path / "run"
-    assert run_train(demo, out, "--data", root, "--steps", 1) == 0
-    run_cli(data.main, root, "--split", "val", "--export-prompts", prompts)
+def test_every_dataset_trains_and_is_measured(demo, tmp_path):
+    """All miniatures at once: a step on an image of each, an evaluation, and one with pinned prompts."""
+    roots, prompts, expected = [], [], {}
+    for layout in LAYOUTS:
+        root = f"{layout.split('-')[0]}={tmp_path / layout}"
+        for name, masks in write_layout(layout, tmp_path / layout).items():
+            expected[root, name] = set(masks)
+        roots.append(root)
+        prompts.append(tmp_path / f"{layout}.json")
+        run_cli(data.main, root, "--split", "val", "--export-prompts", prompts[-1])
+    out, words = tmp_path / "run", f"--steps 1 --limit 1 --batch-size {len(roots)} --no-corrupt"
+    assert run_train(demo, out, "--data", *roots, words) == 0
     scores = []
-    for pinned in ([], ["--prompts", prompts]):
-        assert run_evaluate(demo, out, "--data", root, "--split", "val", "--no-corrupt", *pinned) == 0
-        images = json.load(open(out / "results.json"))["images"]
-        assert {row["name"]: set(row["indices"]) for row in images} == {
-            name: set(masks) for name, masks in expected.items()}
-        scores.append([row["scores"] for row in images])
+    for pinned in [], ["--prompts", *prompts]:
+        assert run_evaluate(demo, out, "--data", *roots, "--split", "val", "--no-corrupt", *pinned) == 0
+        results = json.load(open(out / "results.json"))
+        assert {(row["data"], row["name"]): set(row["indices"]) for row in results["images"]} == expected
+        scores.append([row["scores"] for row in results["images"]])
     assert scores[0] == scores[1]
-    assert "Traceback" not in capsys.readouterr().err
-
-def test_several_datasets_are_trained_on_and_measured_one_by_one_and_as_one(demo, tmp_path, capsys):
-    roots = tmp_path / "a", tmp_path / "b"
-    write_layout("ndd20", roots[0])
-    write_layout("bdd100k", roots[1])
-    assert run_train(demo, tmp_path / "run", "--data", *roots, "--steps", 1, "--no-corrupt") == 0
-    sets = json.load(open(tmp_path / "run" / "run.json"))["data"]
-    assert [part["kind"] for part in sets] == ["ndd20", "bdd100k"] * 2
-    capsys.readouterr()
-    assert run_evaluate(demo, tmp_path, "--data", *roots, "--split", "val", "--no-corrupt") == 0
-    results = json.load(open(tmp_path / "results.json"))
-    means = [part["means"]["SAM"]["box clear"][0] for part in results["by_data"].values()]
-    counts = Counter()
-    for row in results["images"]:
-        counts[row["data"]] += len(row["indices"])
-    union = results["means"]["SAM"]["box clear"][0]
-    assert union == pytest.approx(np.average(means, weights=[counts[str(root)] for root in roots]))
-    assert len(re.findall(r"^\| \S+ \| SAM \|", capsys.readouterr().out, re.M)) == 3
+    counts = Counter(row["data"] for row in results["images"] for _ in row["indices"])
+    weighted = [counts[root] * part["means"]["SAM"]["box clear"][0] for root, part in results["by_data"].items()]
+    assert results["means"]["SAM"]["box clear"][0] == pytest.approx(sum(weighted) / counts.total())
 
 def test_missing_demo_is_made(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "make_demo", lambda root: shutil.copytree(demo / "demo", root))
     shutil.copy(demo / "w.pth", tmp_path)
-    assert run_train(tmp_path, tmp_path / "run", "--steps", 1) == 0
+    assert run_train(tmp_path, tmp_path / "run", "--steps 1") == 0
     shutil.rmtree(tmp_path / "demo")
     assert run_evaluate(tmp_path, tmp_path / "out", "--no-corrupt", "--limit", 1) == 0
 
 # Mistakes.
 
-@pytest.mark.parametrize("words, message", [
-    ("--what", "--what"),
-    ("--data nowhere", "nowhere"),
-    ("--data bare", "val"),
-    ("--steps 0", "--steps"),
-    ("--epochs 2", "--epochs"),  # beside --steps
-    ("--lr nan", "--lr"),
-    ("--lr inf", "--lr"),
-    ("--workers -1", "--workers"),
-    ("--clear 1.5", "--clear"),
-    ("--device nonsense", "--device"),
-    ("--device cuda:99", "--device"),
-    ("--checkpoint cut.pth", "cut.pth"),
-    ("--checkpoint a.pt", "a.pt"),
-    ("--checkpoint none.pth", "none.pth"),
-    ("--backbone vit_b", "vit_t"),
-    ("--out w.pth", "w.pth"),
-    ("--resume", "--resume"),
-    ("--rank-low 0", "--rank-low"),
-    ("--temperature 0", "--temperature"),
-    ("--scope tile", "window"),
-    ("--method moe_lora --experts 1,x", "--experts"),
-    ("--rank 4", "its options: --rank-low, --rank-high, --temperature, --scope"),
-    ("--method lora --scope window", "its options: --rank"),
-    ("--method full --rank 4", "its options: none"),
-    ("--pretrain --method lora", "--method"),
-    ("--seed 18446744073709551616", "--seed"),
-    ("--conditions fgo", "fgo"),
-    ("--conditions fog --no-corrupt", "--no-corrupt"),
-    ("--conditions fog --pretrain", "--pretrain"),
-    ("--prompts p.json --pretrain", "--prompts"),
-    ("--batch-size 1 --masks-per-image 1 --pretrain", "two objects"),
-    ("--image-size 60", "multiple of 8"),
-    ("--image-size 64 --method full", "own size"),
-    ("--init a.pt --method full", "--checkpoint"),
-    ("--init a.pt --pretrain", "--checkpoint")])
-def test_mistakes_of_train_end_in_one_line(mistakes, capsys, words, message):
-    train_refuses(mistakes, "out", capsys, message, *words.split())
+@pytest.mark.parametrize("words, message", [row.split(" -> ") for row in [
+    "--data nowhere -> nowhere", "--data bare -> val", "--resume -> --resume", "--out w.pth -> w.pth",
+    "--steps 0 -> --steps", "--steps 1 --epochs 2 -> --epochs", "--lr nan -> --lr", "--lr inf -> --lr",
+    "--workers -1 -> --workers", "--clear 1.5 -> --clear", "--seed 18446744073709551616 -> --seed",
+    "--device nonsense -> --device", "--device cuda:99 -> --device", "--backbone vit_b -> vit_t",
+    "--checkpoint cut.pth -> cut.pth", "--checkpoint good.pt -> good.pt", "--checkpoint none.pth -> none.pth",
+    "--method moe_lora --experts 1,x -> --experts", "--method full --rank 4 -> its options: none",
+    "--rank 4 -> its options: --rank-low, --rank-high, --temperature, --scope", "--conditions fgo -> fgo",
+    "--conditions fog --no-corrupt -> --no-corrupt", "--pretrain --method lora -> --method",
+    "--pretrain --prompts p.json -> --prompts", "--pretrain --batch-size 1 --masks-per-image 1 -> two objects",
+    "--image-size 60 -> multiple of 8", "--image-size 64 --method full -> own size",
+    "--init good.pt --method full -> --checkpoint", "--init vit_b.pt -> with backbone vit_b",
+    "--init good.pt --rank-low 3 -> with options", "--init good.pt --image-size 64 -> image_size 128, not 64",
+    "--init other.pt -> other vit_t weights", "--init w.pth -> SAM checkpoint", "--init none.pt -> no adapter file",
+    "--init cut.pt -> --init: cut.pt is damaged", "--init model.pt -> not an adapter"]])
+def test_mistakes_of_train_end_in_one_line(files, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(files)
+    train_refuses(capsys, files, "out", words, message)
 
 def test_a_batch_too_small_for_all_processes(demo, monkeypatch, capsys):
     monkeypatch.setattr(train, "WORLD_SIZE", 3)
-    train_refuses(demo, "out", capsys, "--batch-size 2")
+    train_refuses(capsys, demo, "out", "", "--batch-size 2")
 
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
 
