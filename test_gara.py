@@ -2410,19 +2410,16 @@ def test_bad_samples_are_named_skipped_and_counted(tmp_path, capsys):
         assert capsys.readouterr().out.count("skipped: ") == 14
     assert "small.jpg" not in os.listdir(root / "test" / "fog")
 
-@pytest.mark.parametrize("name, use", [
-    ("corrupt", lambda sample: sample.image("fog")),
-    ("read_planes", lambda sample: sample.masks()),
-    ("_eight_bits", lambda sample: sample.image())])
-def test_whatever_one_sample_raises_is_its_own_error(tmp_path, monkeypatch, name, use):
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("two\nlines"), AttributeError("x")])
+@pytest.mark.parametrize("name", ["corrupt", "read_planes", "_eight_bits"])
+def test_whatever_one_sample_raises_is_its_own_error(tmp_path, monkeypatch, name, error):
     def broken(*_):
         raise error
 
     sample = one_sample(tmp_path)
     monkeypatch.setattr(data, name, broken)
-    for error in (MemoryError(), ValueError("two\nlines"), AttributeError("x")):
-        with refused("a.", kind=data.SampleError):
-            use(sample)
+    with refused("a.", kind=data.SampleError):
+        sample.image("fog"), sample.masks()
 
 def test_strict_datasets_raise_what_they_would_skip(tmp_path):
     one_sample(tmp_path)
@@ -2439,26 +2436,22 @@ def test_strict_datasets_raise_what_they_would_skip(tmp_path):
 SPECIAL = {"P": Image.fromarray(smooth(20, 30)).quantize(16), "LAB": Image.new("LAB", (30, 20), (128, 148, 158))}
 FRAMES = dict(save_all=True, append_images=[Image.fromarray(smooth(20, 30, 1))])
 
-@pytest.mark.parametrize("mode, endings, options", [
-    ("1", "png tif bmp ppm", {}),
-    ("L", "png tif bmp ppm jp2", {}),
-    ("LA", "png tif jp2", {}),
+@pytest.mark.parametrize("modes, endings, options", [
+    ("1 L", "png tif bmp ppm", {}),
     ("P", "png tif bmp gif", {}),
     ("P", "png", dict(transparency=3)),  # transparent colours keep their colour
     ("P", "png", dict(transparency=bytes(range(16)))),
-    ("PA", "tif", {}),
     ("RGB", "png webp", dict(lossless=True) | FRAMES),  # the first frame counts
-    ("RGBA", "png tif bmp jp2", {}),
-    ("CMYK", "tif jp2", {}),
-    ("YCbCr", "tif jp2", {}),
-    ("LAB", "tif", {})])
+    ("L LA RGBA CMYK YCbCr", "tif jp2", {}),
+    ("LA RGBA", "png", {}),
+    ("PA LAB", "tif", {})])
 @pytest.mark.filterwarnings("error")
-def test_every_mode_of_image_becomes_rgb(tmp_path, mode, endings, options):
-    original = SPECIAL.get(mode) or Image.fromarray(smooth(20, 30)).convert(mode)
-    for ending in endings.split():
+def test_every_mode_of_image_becomes_rgb(tmp_path, modes, endings, options):
+    for mode, ending in itertools.product(modes.split(), endings.split()):
+        original = SPECIAL.get(mode) or Image.fromarray(smooth(20, 30)).convert(mode)
         original.save(tmp_path / f"x.{ending}", **options)
         image = data.read_image(tmp_path / f"x.{ending}")
-        assert np.array_equal(image, np.array(original.convert("RGB"))), ending
+        assert np.array_equal(image, np.array(original.convert("RGB"))), (mode, ending)
         assert image.flags.writeable
 
 def test_levels_multiplied_by_alpha_are_divided_by_it():
@@ -2529,14 +2522,6 @@ def test_images_are_upright_or_as_their_annotation_has_them(tmp_path, orientatio
     with refused(f"{file}: is ", f"{width} x {height}", "31 x 20", kind=data.SampleError):
         data.read_image(path, (20, 31))
 
-@pytest.mark.parametrize("ending", [".PNG", ".jpeg", ".Tif", ".tiff", ".bmp", ".WEBP"])
-def test_image_files_are_found_by_any_ending_and_hidden_ones_left_out(tmp_path, ending):
-    put_split(tmp_path, {"a": (None, squares()[0]), "._a": (b"", None)})  # the second: what macOS leaves beside them
-    put(tmp_path / "test" / "clear" / f"a{ending}", smooth())
-    dataset = data.load_dataset(tmp_path, "test")
-    assert names_of(dataset) == ["a"]
-    assert dataset.skipped == []
-
 # The demo.
 
 def test_demo_scenes():
@@ -2553,8 +2538,8 @@ def test_demo_scenes():
 
 def test_patterned_objects():
     """Bold patterns spread an object's colours; without them the scenes are those that the tiny SAM was made on."""
-    spreads = {0: [], 1: []}
-    for patterned, seed in itertools.product(spreads, range(12)):
+    spreads = [[], []]
+    for seed, patterned in itertools.product(range(8), (0, 1)):
         image, masks = data.demo_scene(seed, patterned=patterned)
         spreads[patterned] += [image[mask].std(0).mean() for mask in masks]
     assert np.mean(spreads[1]) > np.mean(spreads[0]) + 10
@@ -2570,8 +2555,8 @@ def test_make_demo_writes_a_dataset_or_nothing(tmp_path):
     with refused("not an empty folder", kind=data.DatasetError):
         data.make_demo(tmp_path / "demo", 1, 1, 1)
     data.make_demo(tmp_path / "less", train=1, val=0, test=0)
-    again = data.load_dataset(tmp_path / "less", "train")[0]
-    assert np.array_equal(again.image(), train[0].image())  # scenes do not depend on their number
+    less, = data.load_dataset(tmp_path / "less", "train")
+    assert np.array_equal(less.image(), train[0].image())  # scenes do not depend on their number
 
 # What ends, and what meets.
 
@@ -2631,11 +2616,9 @@ def child(folder):
 
 def alive(process):
     """Whether the process of this number has not ended."""
-    try:
-        stat = pathlib.Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
+    with contextlib.suppress(OSError):
+        return ") Z" not in pathlib.Path(f"/proc/{process}/stat").read_text()
+    return False
 
 def test_no_worker_outlives_its_parent(tmp_path, monkeypatch):
     """Three levels: a program, the two workers of its pool, a process that each of them starts."""
@@ -2779,19 +2762,23 @@ def coco_file(path, split, images, labels):
                    annotations=annotations[::-1], categories=categories))
 
 def write_robustseg(root):
-    for split, form in (("train", "rs_{}"), ("val", "v{}"), ("test", "t{}")):
-        for k, stem in enumerate(named(form)):
+    for split in ("train", "val", "test"):
+        for k, stem in enumerate(named(f"{split}_é{{}}", count=4)):
             a, b = pair(k)
-            put_split(root, {stem: (photo(a, b), np.stack([area(a), area(), area(b)]))}, split)
+            planes = np.stack([area(a), area(), area(b)])
+            forms = planes, planes.astype(np.int64), planes + np.uint8(127), planes * 0.01 + 0.5
+            file = unicodedata.normalize("NFD", stem) + (".PNG", ".jpeg", ".Tif", ".WEBP")[k]
+            put_all(root / split, {f"clear/{file}": photo(a, b), f"masks/{stem}.npy": forms[k]})
             yield split, stem, {0: (None, a), 2: (None, b)}
-    put_split(root, {"lone": (None, squares())}, "val")
+    put_all(root / "val", {"masks/lone.npy": squares(), "clear/._lone.jpg": b""})  # the second: macOS's
 
 def write_coco(root):
     for split in ("train", "val"):
         images = {}
-        for name in ("000000000139", "000000000140", "000000000141", "000000000009"):
-            images[name] = dict(file_name=f"{name}.jpg"), root / f"{split}2017" / f"{name}.jpg"
-        images[name] = dict(file_name=f"{name}.jpg"), None  # the last is not there
+        for name in ("000000000139", "000000000140", "é", "000000000009"):
+            record = dict(file_name=unicodedata.normalize("NFD", f"{name}.jpg"))
+            images[name] = record, root / f"{split}2017" / f"{name}.jpg"
+        images[name] = record, None  # the last is not there
         file = root / "annotations" / f"instances_{split}2017.json"
         yield from coco_file(file, split, images, ("cat", "dog", "Würfel"))
 
@@ -2965,7 +2952,7 @@ def write_isic2016(root):
 COCO_LEFT = {"crowd": 1, "ignore": 1, "without a mask": 2, "of fewer than 3 points": 1, "of an unknown image": 1,
              "images without masks": 1}
 LAYOUTS = {
-    "robustseg": (write_robustseg, {}, {"empty": 2}, ["lone.npy: has no image"]),
+    "robustseg": (write_robustseg, {}, {"empty": 4}, ["lone.npy: has no image"]),
     "coco": (write_coco, COCO_LEFT, {"empty": 1}, ["val2017/000000000009.jpg: no such image"]),
     "lvis": (write_lvis, COCO_LEFT, {"empty": 1}, []),
     "lis": (write_lis, COCO_LEFT, {}, []),
@@ -3009,7 +2996,6 @@ def test_every_layout_is_read_to_the_pixel_and_accounts_for_what_is_left_out(tmp
             for index, label, mask in zip(sample.indices, sample.labels, masks, strict=True):
                 assert label == regions[index][0]
                 assert np.array_equal(mask, regions[index][1])
-            assert image.shape == (64, 96, 3)
             assert ((image.mean(2) > 120) != masks.any(0)).mean() < 0.03
             count += len(masks) + sample.left_out["empty"]
             by_samples += sample.left_out
@@ -3097,8 +3083,7 @@ CORNERS = np.reshape(ring(*A), (4, 2)).tolist()
 RUNS = dict(size=["64", 96.0], counts=[f"{run}.0" for run in runs(IN_A)])
 
 @pytest.mark.parametrize("change, label", [
-    (of_first("annotations", image_id="0", category_id="1"), "cat"),
-    (of_first("annotations", image_id=0.0, category_id=1.0, id=0.0), "cat"),
+    (of_first("annotations", image_id="0", category_id=1.0, id=0.0), "cat"),
     (of_first("annotations", segmentation=ring(*map(float, A))), "cat"),
     (of_first("annotations", segmentation=CORNERS), "cat"),
     (of_first("annotations", segmentation=RUNS), "cat"),
@@ -3132,30 +3117,21 @@ def test_paths_of_images_as_tools_write_them(tmp_path, written):
     dataset = load_coco(tmp_path, written, present=["a/1.jpg" if "a" in written else "1.jpg"])
     assert names_of(dataset) == ["1"]
 
-@pytest.mark.parametrize("on_disk, written", [("NFD", "NFC"), ("NFC", "NFD")])
-def test_accents_are_those_of_the_disk_or_of_the_file(tmp_path, on_disk, written):
-    disk, listed = (unicodedata.normalize(form, "é") for form in (on_disk, written))
-    put_split(tmp_path / "pair", {disk: (smooth(), None), listed: (None, squares())})
-    assert names_of(data.load_dataset(tmp_path / "pair", "test")) == ["é"]
-    assert names_of(load_coco(tmp_path, f"{listed}.jpg", present=[f"{disk}.jpg"])) == ["é"]
-
 @pytest.mark.parametrize("files, expected", [
     (["a/1.png", "b/1.png", "2.png"], ["2", "a/1", "b/1"]),
     (["1.png", "1.bmp", "2.png"], ["1.bmp", "1.png", "2"]),
     (["a/1.png", "a/1.bmp", "b/1.png"], ["a/1.bmp", "a/1.png", "b/1"])])
 def test_names_are_unique_where_stems_repeat(tmp_path, files, expected):
     dataset = load_coco(tmp_path, *files)
-    fly = []
     for sample in dataset:
         k = files.index(os.path.relpath(sample.clear, tmp_path / "val2017"))
         put(tmp_path / "val2017" / files[k], smooth(64, 96, k))
         assert np.array_equal(sample.image(), smooth(64, 96, k))
-        fly.append(sample.image("fog"))
     assert names_of(dataset) == expected
     assert len({sample.prompts()[0].tobytes() for sample in dataset}) == 3
     assert run_cli(data.main, tmp_path, "--corrupt") is None
-    for sample, image in zip(data.load_dataset(tmp_path, "val"), fly, strict=True):
-        assert np.array_equal(sample.image("fog"), image)
+    for sample, same in zip(dataset, data.load_dataset(tmp_path, "val"), strict=True):
+        assert np.array_equal(sample.image("fog"), same.image("fog"))
     (tmp_path / "val2017" / files[0]).unlink()  # the names of the others stay, and none is read in its place
     assert len({*expected} - {*names_of(data.load_dataset(tmp_path, "val"))}) == 1
 
@@ -3163,42 +3139,38 @@ def test_names_are_unique_where_frames_repeat(tmp_path):
     write_layout("acdc-semantic", tmp_path)
     for folder in list(tmp_path.rglob("GOPR0475")):
         shutil.copytree(folder, folder.parent / "GOPR0476")
-    expected = []
-    for frame in ("fog/val/GOPR047{}/GOPR0475_frame_000042", "night/val/GOPR047{}/GOPR0475_frame_000043"):
-        expected += frame.format(5), frame.format(6)
-    assert names_of(data.load_dataset(tmp_path, "val")) == expected
+    names = names_of(data.load_dataset(tmp_path, "val"))
+    assert names[:2] == [f"fog/val/{folder}/GOPR0475_frame_000042" for folder in ("GOPR0475", "GOPR0476")]
+    assert len(names) == 4
 
 # Run lengths, polygons, connected parts.
 
-# By pycocotools 2.0.11: polygons, height, width, area, compressed run lengths.
+# By pycocotools 2.0.11: polygons, height, width, compressed run lengths.
 POLYGONS = [
-    ([[3.25, 4.5, 40.75, 6.12, 33.4, 30.99, 12.08, 27.61]], 40, 50, 701,
+    ([[3.25, 4.5, 40.75, 6.12, 33.4, 30.99, 12.08, 27.61]], 40, 50,
      "U53U13M2N3M2N3M3M2N2N00000000001O00000000010O00000000001O000000L4M3M3L4M3L4MU;"),
-    ([[-7.31, 5.2, 20.5, -6.4, 61.87, 22.05, 18.33, 52.7]], 40, 50, 1661,
+    ([[-7.31, 5.2, 20.5, -6.4, 61.87, 22.05, 18.33, 52.7]], 40, 50,
      "2a0g02M3N2M3N2N2N1O2N2N2Nbf0O_YO001O1O001O1O0O2N2O0O2N2O0O2N2N101N2N2OB"),
-    ([[5.5, 5.5, 5.5, 5.5, 18.25, 7.75, 18.25, 7.75, 9.1, 16.4, 9.1, 16.4]], 20, 24, 61, "n32b03M3M2NO2N1O1O1O1O1OV4"),
-    ([[1.5, 1.5, 10.5, 1.5, 10.5, 8.5, 1.5, 8.5], [6.25, 4.75, 21.4, 6.6, 14.2, 18.8]], 20, 24, 146,
+    ([[5.5, 5.5, 5.5, 5.5, 18.25, 7.75, 18.25, 7.75, 9.1, 16.4, 9.1, 16.4]], 20, 24, "n32b03M3M2NO2N1O1O1O1O1OV4"),
+    ([[1.5, 1.5, 10.5, 1.5, 10.5, 8.5, 1.5, 8.5], [6.25, 4.75, 21.4, 6.6, 14.2, 18.8]], 20, 24,
      "Z17=0000000000001O21OO1N1O1ON2O1N2N2O1Nh1"),
-    ([[2.17, 1.42, 28.63, 28.91, 2.44, 28.35, 27.9, 1.08]], 30, 30, 368,
+    ([[2.17, 1.42, 28.63, 28.91, 2.44, 28.35, 27.9, 1.08]], 30, 30,
      "m11m01KO[O2c0O]O2a0O_O2?OA2=0B1<0D1:0F180H160J131M011O0O11OO11N11ON31MN51KN71IN91GN;1EN>0BO`00@Ob00^OOd00\\OOf00"
      "5OP1")]
 
-@pytest.mark.parametrize("parts, height, width, area, counts", POLYGONS)
-def test_polygons_as_pycocotools_fills_them(parts, height, width, area, counts):
+@pytest.mark.parametrize("parts, height, width, counts", POLYGONS)
+def test_polygons_as_pycocotools_fills_them(parts, height, width, counts):
     mask = data.polygon_mask(parts, height, width)
     assert mask.dtype == bool
-    assert mask.shape == (height, width)
-    assert mask.sum() == area
     assert data.rle_encode(mask) == dict(size=[height, width], counts=counts)
     for form in (counts, counts.encode(), runs(mask)):
         assert np.array_equal(data.rle_decode(dict(size=[height, width], counts=form)), mask)
 
 def test_run_lengths_of_many_masks():
     rng = np.random.default_rng(0)
-    wide = np.zeros((300, 700), bool)  # runs of more than two characters
-    wide[5, 9] = wide[299, 650:] = True
-    small = [rng.random(rng.integers(1, 14, 2)) < (0, 0.1, 0.5, 0.9, 1)[k % 5] for k in range(300)]
-    for mask in [wide, *small]:
+    for k in range(300):
+        mask = rng.random(rng.integers(1, 14, 2)) < (0, 0.1, 0.5, 0.9, 1)[k % 5]
+        mask = mask.repeat(99, 0) if k == 9 else mask  # runs of more than two characters
         assert np.array_equal(data.rle_decode(data.rle_encode(mask)), mask)
         assert np.array_equal(data.rle_decode(dict(size=mask.shape, counts=runs(mask))), mask)
 
@@ -3255,9 +3227,9 @@ def test_json_is_walked_as_json_reads_it(tmp_path, options):
             assert data._utf8(record["text"]) == lists[key][-1]["text"]
     assert lists == {"a": content["a"], "b": content["b"]}
 
-@pytest.mark.parametrize("text", ["", " ", "[1]", '{"a": [1 2]}', '{"a" [1]}', '{"a": [1}', '{"a": [{"b": 1]]}', "{1",
-                                  '{"a": [tru]}', '{"a": [' + '{"b": ' * 9999, '{"a": ["' + "x" * 9999, '{"a": "b" 3}',
-                                  "é", '{"a": [1]', '{"a": [1], "b": '])
+@pytest.mark.parametrize("text", [
+    "", " ", "é", "{1", "[1]", '{"a" [1]}', '{"a": [1 2]}', '{"a": [1}', '{"a": [1]', '{"a": [{"b": 1]]}', '{"a": [tru]}',
+    '{"a": "b" 3}', '{"a": [' + '{"b": ' * 9999, '{"a": ["' + "x" * 9999])
 def test_json_that_is_none(tmp_path, text):
     put(tmp_path / "x.json", text)
     with pytest.raises((ValueError, RecursionError)):
@@ -3276,12 +3248,11 @@ def test_exported_prompts_are_those_that_are_drawn(tmp_path):
     assert content == dict(format="gara-sam prompts 1", sets=[dict(kind="coco", split="val", seed=1)])
     assert entries.keys() == {"1", "2"}
     assert dataset[1].indices == (10, 11, "10+", "11+")
-    for sample, *same in zip(dataset, pinned, data.Union([pinned]), strict=True):
+    for sample, other in zip(dataset, data.Union([pinned]), strict=True):
         points, boxes = sample.prompts(seed=1)
         assert not np.array_equal(sample.prompts()[0], points)
         assert len({clicks.tobytes() for clicks in points}) == 4
-        for other in same:
-            assert all(map(np.array_equal, other.prompts(), (points, boxes)))
+        assert all(map(np.array_equal, other.prompts(), (points, boxes)))
         masks = {}
         for index, clicks, box in zip(sample.indices, points, boxes, strict=True):
             masks[str(index)] = dict(points=clicks.tolist(), box=box.tolist())
@@ -3311,9 +3282,7 @@ MASK = *SAMPLE, "masks", "0"
     (MASK, None, "no three points"),
     ((*MASK, "points", 2, 0), 2, "no three points"),  # outside of the mask
     ((*MASK, "points", 0, 1), 10**400, "no three points"),
-    ((*MASK, "points", 1, 0), math.nan, "no three points"),
     ((*MASK, "box", 2), 50, "another box for mask 0")])
-@pytest.mark.filterwarnings("ignore:invalid value")
 def test_prompts_files_that_do_not_fit(tmp_path, place, value, words):
     path = tmp_path / "changed.json"
     data.export_prompts([load_coco(tmp_path, "1.jpg", "2.jpg")], path)
@@ -3398,13 +3367,6 @@ def test_binary_masks_are_one_object(tmp_path, content, expected):
     sample, = data.load_dataset(tmp_path, "all")
     assert np.array_equal(sample.masks(), [expected])
 
-@pytest.mark.parametrize("dtype, values", [
-    ("int64", [0, 1]), ("bool", [0, 1]), ("uint8", [127, 128]), ("float32", [0.5, 0.51])])
-def test_mask_files_of_every_number_type(tmp_path, dtype, values):
-    """The second value of each, and no other, belongs to the object."""
-    put(tmp_path / "m.npy", np.array([values], dtype))
-    assert data.read_planes(tmp_path / "m.npy").tolist() == [[[False, True]]]
-
 @pytest.mark.parametrize("settled, masks", [
     ("folder={root}", {"masks/a.png": NUMBERS, "labels/a.txt": YOLO}),
     ("coco={root}", {"masks/a.png": NUMBERS, "mine.json": coco("a.jpg")}),
@@ -3458,7 +3420,6 @@ def two_names(content):
     (". all", {VIA: {"a": {"filename": 3}}}, f"{VIA}: not a VIA project, or damaged"),
     (". all", OWN | {"masks/a_1.png": IN_A, "masks/a_2.png": IN_B[:40]}, "masks/a_2.png ... 96 x 40 ... 96 x 64"),
     (". all", OWN | {"masks/a_1.png": IN_A, "masks/a_2.png": b"no image"}, "masks/a_2.png ... cannot"),
-    (". all", OWN | {"masks/a.png": 0 * NUMBERS}, "masks/a.png ... no mask to use"),
     (". all", OWN | {"labels/a.txt": "0 0.1 0.2 0.3\n"}, "labels/a.txt ... cannot"),
     (". all", OWN | {"masks/b.png": NUMBERS}, "masks ... of 1 images none has a mask ... STEM_ANY.*"),
     ("mine.json all", {"mine.json": dict(shapes=[])}, 'mine.json: no COCO file ... "images" ... export'),
