@@ -2312,7 +2312,7 @@ def one_sample(root, *content):
 def names_of(dataset):
     return [sample.name for sample in dataset]
 
-# Prompts and degraded images.
+# Prompts, degraded images, bad samples.
 
 def test_prompts_lie_in_the_mask_and_the_box_is_tight():
     rng = np.random.default_rng(0)
@@ -2371,8 +2371,6 @@ def test_conditions_with_a_strength(tmp_path):
     for condition in ("clear@1", "fog@x", "fog@nan", "fog@-1", "fog@11", "mist"):
         with refused(repr(condition), "impulse_noise", kind=data.DatasetError):
             sample.image(condition)
-
-# Bad samples.
 
 def test_bad_samples_are_named_skipped_and_counted(tmp_path, capsys):
     file = io.BytesIO()
@@ -2527,7 +2525,6 @@ def test_images_are_upright_or_as_their_annotation_has_them(tmp_path, orientatio
 def test_demo_scenes():
     scenes = [data.demo_scene(seed) for seed in range(20)]
     for image, masks in scenes:
-        assert image.dtype == np.uint8
         assert image.shape == (*masks.shape[1:], 3)
         assert max(image.shape) == 128
         assert min(image.shape[:2]) in (96, 112, 128)
@@ -2653,8 +2650,6 @@ def test_a_worker_that_fails_ends_the_work_and_all_workers_at_once(monkeypatch, 
         list(data._parallel(double, ["slow", *range(20), odd, *range(20)]))
     assert not multiprocessing.active_children()
     assert time.monotonic() - start < 30
-
-# The command line, and errors.
 
 def test_names_that_are_not_utf8(tmp_path, capsys):
     stem, lone = "\udcff\udce9", "\udcfe"  # how Python writes such bytes
@@ -2835,15 +2830,6 @@ def acdc_frames(root):
     (shots / "fog").symlink_to(root / "elsewhere")
     (root / "elsewhere" / "train" / "circle").symlink_to(shots)
 
-def write_acdc_detection(root):
-    for (split, ref), frames in itertools.groupby(acdc_frames(root), lambda frame: frame[:2]):
-        images = {}
-        for _, _, stem, where, _ in frames:
-            file = f"{where}/{stem}_rgb{ref}_anon.png"
-            images[f"{stem}_rgb{ref}_anon"] = dict(file_name=file), root / "rgb_anon" / file
-        file = root / "gt_detection" / f"instancesonly_{split.removesuffix('_ref')}_gt{ref}_detection.json"
-        yield from coco_file(file, split, images, ("person", "rider", "car"))
-
 def write_acdc_panoptic(root):
     home = root / "gt_panoptic_trainval" / "gt_panoptic"
     crowd = dict(id=24000, category_id=24, iscrowd=1)
@@ -2957,7 +2943,6 @@ LAYOUTS = {
     "lvis": (write_lvis, COCO_LEFT, {"empty": 1}, []),
     "lis": (write_lis, COCO_LEFT, {}, []),
     "bdd100k": (write_bdd100k, {}, {"crowd": 2, "ignore": 2}, ["lone.jpg: has no mask file"]),
-    "acdc": (write_acdc_detection, COCO_LEFT, {"empty": 1}, []),
     "acdc-panoptic": (write_acdc_panoptic, {}, {"crowd": 2, "stuff": 2}, []),
     "acdc-semantic": (write_acdc_semantic, {}, {"below 64 px": 2}, []),
     "ndd20": (write_ndd20, {"of fewer than 3 points": 6}, {}, ["ABOVE/0.jpg: no such", "BELOW/0.jpg: no such"]),
@@ -3010,13 +2995,6 @@ def test_every_layout_is_read_to_the_pixel_and_accounts_for_what_is_left_out(tmp
             for words, line in zip(skipped, dataset.skipped, strict=True):
                 assert words in line
 
-def test_union_of_datasets(tmp_path):
-    msra, bdd = (sorted(write_layout(kind, tmp_path / kind)) for kind in ("msra10k", "bdd100k"))
-    both = data.Union(data.load_datasets([tmp_path / "msra10k", f"bdd100k={tmp_path / 'bdd100k'}"], "val"))
-    assert names_of(both) == msra + bdd
-    assert len(both.skipped) == 2
-    assert names_of(data.spread(both, 2)) == [msra[0], both[len(both) // 2].name]
-
 def test_the_kind_of_a_folder(tmp_path):
     load_coco(tmp_path, "1.jpg")
     put(tmp_path / "lvis_v1_val.json", coco("1.jpg"))
@@ -3045,8 +3023,8 @@ def test_the_lack_of_one_download_does_not_hide_the_others(tmp_path, capsys):
         path.unlink()
     assert run_cli(data.main, tmp_path) is None
     shown = capsys.readouterr().out
-    assert "train (acdc): 2 images" in shown
-    assert "train_ref (acdc): 0 images; 0 files skipped: nothing to use here" in shown
+    for words in ("train (acdc): 2 images", "train_ref (acdc): 0 images; 0 files skipped: nothing to use here"):
+        assert words in shown
     assert run_cli(data.main, tmp_path, "--split", "train_ref") == 2
 
 # Forms of COCO's JSON, and names that repeat.
@@ -3194,18 +3172,15 @@ def test_polygons_that_are_too_long():
 def flood(mask):
     """The connected parts of a mask, numbered from 1 in reading order: low numbers spread."""
     parts = np.where(mask, np.arange(mask.size).reshape(mask.shape), mask.size)
-    before = None
-    while not np.array_equal(parts, before):
-        before = parts
-        padded = np.pad(parts, 1, constant_values=mask.size)
-        around = np.lib.stride_tricks.sliding_window_view(padded, (3, 3))
+    for _ in range(mask.size):
+        around = np.lib.stride_tricks.sliding_window_view(np.pad(parts, 1, constant_values=mask.size), (3, 3))
         parts = np.where(mask, around.min((2, 3)), mask.size)
     return mask * (1 + np.searchsorted(np.unique(parts), parts))
 
 def test_components_against_a_flood():
     rng = np.random.default_rng(0)
     for k in range(100):
-        mask = rng.random(rng.integers(1, 14, 2)) < (0, 0.3, 0.45, 0.6, 1)[k % 5]
+        mask = rng.random(rng.integers(1, 11, 2)) < (0, 0.3, 0.45, 0.6, 1)[k % 5]
         parts, areas = data.components(mask)
         expected = flood(mask)
         assert np.array_equal(parts, expected)
@@ -3228,8 +3203,8 @@ def test_json_is_walked_as_json_reads_it(tmp_path, options):
     assert lists == {"a": content["a"], "b": content["b"]}
 
 @pytest.mark.parametrize("text", [
-    "", " ", "é", "{1", "[1]", '{"a" [1]}', '{"a": [1 2]}', '{"a": [1}', '{"a": [1]', '{"a": [{"b": 1]]}', '{"a": [tru]}',
-    '{"a": "b" 3}', '{"a": [' + '{"b": ' * 9999, '{"a": ["' + "x" * 9999])
+    "", " ", "é", "{1", "[1]", '{"a" [1]}', '{"a": [1 2]}', '{"a": [1}', '{"a": [1]', '{"a": [{"b": 1]]}',
+    '{"a": [tru]}', '{"a": "b" 3}', '{"a": [' + '{"b": ' * 9999, '{"a": ["' + "x" * 9999])
 def test_json_that_is_none(tmp_path, text):
     put(tmp_path / "x.json", text)
     with pytest.raises((ValueError, RecursionError)):
@@ -3264,8 +3239,10 @@ def test_each_dataset_takes_the_prompts_file_that_fits(tmp_path):
     for k, file in enumerate(files):
         roots.append(put_split(tmp_path / str(k), {"a": (smooth(), np.roll(squares(), 9 * k, 2))}))
         data.export_prompts([data.load_dataset(roots[k], "test")], file)
-    for dataset in data.load_datasets(roots, "test", prompt_files=files[::-1]):
-        dataset[0].prompts()
+    several = data.Union(data.load_datasets(roots, "test", prompt_files=files[::-1]))
+    assert [sample.clear for sample in several] == [str(root / "test/clear/a.jpg") for root in roots]
+    for sample in several:
+        sample.prompts()
     shutil.copy(files[0], tmp_path / "copy.json")
     with refused("0.json and ", "copy.json: both", kind=data.DatasetError):
         data.load_datasets(roots[:1], "test", prompt_files=[files[0], tmp_path / "copy.json"])
@@ -3328,10 +3305,11 @@ FORMS = {
     "coco images/a.jpg mine.json all": coco("a.jpg"),
     "coco images/a.jpg labels/coco_train.json train": coco("images/a.jpg"),
     "coco train2017/a.jpg annotations/train.json train": coco("a.jpg"),
+    "acdc rgb_anon/fog/val/a.png gt_detection/instancesonly_val_gt_detection.json val": coco("fog/val/a.png"),
     "coco valid/a.jpg valid/_annotations.coco.json val": coco("a.jpg"),
     "coco test/images/a.jpg annotations/instances-test.json test": coco("a.jpg"),
     "coco val2017/a.jpg annotations/mine.json all": coco("a.jpg")}
-LABELS = {"folder": (None, None), "yolo": ("3", "0"), "coco": ("cat", "cat")}
+LABELS = {"folder": (None, None), "yolo": ("3", "0"), "coco": ("cat", "cat"), "acdc": ("cat", "cat")}
 
 @pytest.mark.parametrize("form", FORMS)
 def test_own_data_is_read_to_the_pixel(tmp_path, form):
