@@ -1690,8 +1690,10 @@ def squares(height=24, width=32, count=1):
         masks[k, 7 + k:13 + k, 5 + k:11 + k] = True
     return masks
 
+GOOD = smooth(), squares()  # an image and its mask
+
 def put(path, content):
-    """Writes bytes, a text, an array (as the file's ending says) or what becomes JSON; of None only the folder."""
+    """Writes bytes, text, an array (as the ending says) or JSON with a byte order mark; of None only the folder."""
     os.makedirs(path.parent, exist_ok=True)
     if isinstance(content, np.ndarray) and path.suffix == ".npy":
         np.save(path, content)
@@ -1700,28 +1702,33 @@ def put(path, content):
     elif isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
-        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        text = content if isinstance(content, str) else "\ufeff" + json.dumps(content, ensure_ascii=False)
         path.write_text(text, encoding="utf-8")
+
+def put_all(root, files):
+    """Writes {path: content}. Returns the root."""
+    for path, content in files.items():
+        put(root / path, content)
+    return root
 
 def put_split(root, images, split="test"):
     """Writes ROOT/split in Robust-Seg's form from {stem: (image, masks)}, each as put() takes it. Returns the root."""
     for stem, (image, masks) in images.items():
-        put(root / split / "clear" / f"{stem}.jpg", image)
-        put(root / split / "masks" / f"{stem}.npy", masks)
+        put_all(root / split, {f"clear/{stem}.jpg": image, f"masks/{stem}.npy": masks})
     return root
 
-def one_sample(root, image=None, masks=None):
+def one_sample(root, *content):
     """The sample of a split of one."""
-    image = smooth() if image is None else image
-    masks = squares() if masks is None else masks
-    return data.load_dataset(put_split(root, {"a": (image, masks)}), "test")[0]
+    return data.load_dataset(put_split(root, {"a": content or GOOD}), "test")[0]
 
 def names_of(dataset):
     return [sample.name for sample in dataset]
 
+# Prompts, degraded images, bad samples.
+
 def test_prompts_lie_in_the_mask_and_the_box_is_tight():
     rng = np.random.default_rng(0)
-    for seed in range(100):
+    for seed in range(60):
         mask = rng.random((rng.integers(1, 20), rng.integers(1, 20))) < rng.choice([0.05, 0.5, 1])
         mask[0, 0] = True
         points, box = data.prompts(mask, seed)
@@ -1736,41 +1743,24 @@ def test_prompts_lie_in_the_mask_and_the_box_is_tight():
 
 def test_prompts_are_pinned():
     """These must not change from machine to machine or version to version."""
-    seed = data.seed_of("photo", 1)
-    points, _ = data.prompts(np.ones((48, 64), bool), seed)
-    assert seed == 1792401791
+    points, _ = data.prompts(np.ones((48, 64), bool), data.seed_of("photo", 1))
     assert points.tolist() == [[15, 47], [58, 3], [26, 21]]
 
-def test_points_are_spread_evenly():
+def test_points_and_samples_are_spread_evenly():
     mask = np.zeros((4, 9), bool)
     mask[1, 2:8] = True
     columns = [data.prompts(mask, seed)[0][:, 0] for seed in range(2000)]
     counts = np.bincount(np.concatenate(columns).astype(int), minlength=9)
     assert np.abs(counts[2:8] - 1000).max() < 120
+    assert data.spread("abcdefg", 3) == ["a", "c", "e"]
 
-def test_sample_prompts_depend_on_names_and_not_on_order_or_company(tmp_path):
+def test_prompts_of_a_sample_depend_on_names_alone(tmp_path):
     with_gap = np.insert(squares(count=3), 1, False, axis=0)  # plane 1 is empty
-    one = data.load_dataset(put_split(tmp_path / "one", {"b": (smooth(), with_gap)}), "test")
-    two = data.load_dataset(put_split(tmp_path / "two", {n: (smooth(), with_gap) for n in "cba"}), "test")
-    assert names_of(two) == ["a", "b", "c"]
-    sample, other = one[0], two[1]
-    assert sample.indices == (0, 2, 3)
+    sample = one_sample(tmp_path, smooth(), with_gap)
     points, boxes = sample.prompts()
-    assert np.array_equal(other.prompts()[0], points)
-    assert np.array_equal(other.prompts(other.masks())[1], boxes)
-    for mask, index, expected in zip(sample.masks(), sample.indices, points, strict=True):
-        assert np.array_equal(data.prompts(mask, data.seed_of("b", index, 0))[0], expected)
-
-def test_degraded_pixels_are_the_same_on_the_fly_and_from_the_folder(tmp_path):
-    root = put_split(tmp_path, {f"{k:02}": (smooth(seed=k), squares()) for k in range(16)})  # enough for two processes
-    sample = data.load_dataset(root, "test")[1]
-    fly = {condition: sample.image(condition) for condition in data.CONDITIONS}
-    assert np.array_equal(data.degrade(sample.image(), "snow", data.seed_of("01", "snow")), fly["snow"])
-    assert run_cli(data.main, root, "--corrupt", "--split", "test") is None
-    for condition in CORRUPTIONS:
-        folder = tmp_path / "test" / condition
-        assert sorted(os.listdir(folder)) == [f"{k:02}.jpg" for k in range(16)]
-        assert np.array_equal(data.read_image(folder / "01.jpg"), fly[condition])
+    assert np.array_equal(sample.prompts(sample.masks())[1], boxes)
+    for mask, index, expected in zip(sample.masks(), (0, 2, 3), points, strict=True):
+        assert np.array_equal(data.prompts(mask, data.seed_of("a", index, 0))[0], expected)
 
 def test_degraded_images_on_the_disk_are_used_and_kept_unless_drawn_anew(tmp_path):
     fly = one_sample(tmp_path).image("fog", seed=1)
@@ -1778,85 +1768,66 @@ def test_degraded_images_on_the_disk_are_used_and_kept_unless_drawn_anew(tmp_pat
     put(tmp_path / "test" / "fog" / "a.jpg.part7", b"cut")  # by a run that was killed
     assert run_cli(data.main, tmp_path, "--corrupt") is None
     assert os.listdir(tmp_path / "test" / "fog") == ["a.png"]
-    assert os.listdir(tmp_path / "test" / "rain") == ["a.jpg"]
     sample = data.load_dataset(tmp_path, "test")[0]
     assert np.array_equal(sample.image("fog", seed=1), smooth(seed=9))
-    put(tmp_path / "test" / "fog" / "a.png", b"damaged")
     assert np.array_equal(sample.image("fog", seed=1, stored=False), fly)
     assert not np.array_equal(sample.image("fog", seed=2, stored=False), fly)
 
-@pytest.mark.parametrize("files, words", [
-    ({"a.png": smooth(20, 20)}, "a.png: is 20 x 20 pixels (width x height), but"),
-    ({"a.png": b"damaged"}, "a.png: cannot read this image"),
-    ({"a.png": smooth(), "a.TIF": smooth()}, "a.png and ")])
-def test_degraded_images_that_cannot_be_used(tmp_path, files, words):
-    one_sample(tmp_path)
-    for file, image in files.items():
-        put(tmp_path / "test" / "fog" / file, image)
-    with refused(words, kind=data.SampleError):
-        data.load_dataset(tmp_path, "test")[0].image("fog")
-
-def bad_files(folder):
-    """{name: (image, masks)}, each bad in one of the two."""
-    put(folder / "x.jpg", smooth())
-    put(folder / "x.npy", squares())
-    np.save(folder / "p.npy", np.array([{}], object), allow_pickle=True)
-    jpg, npy, objects = ((folder / name).read_bytes() for name in ("x.jpg", "x.npy", "p.npy"))
-    images = {"cut_jpg": jpg[:len(jpg) // 2], "text_jpg": b"not an image", "empty_jpg": b""}
-    masks = {
-        "cut_npy": npy[:-50],
-        "cut_head": npy[:20],
-        "empty_npy": b"",
-        "text_npy": b"not numbers",
-        "pickle": objects,
-        "flat": np.zeros(7),
-        "words": np.full((1, 24, 32), "x"),
-        "turned": squares(32, 24),
-        "void": np.zeros((2, 24, 32), bool),
-        "none": np.zeros((0, 24, 32), bool)}
-    bad = {name: (content, squares()) for name, content in images.items()}
-    bad |= {name: (smooth(), content) for name, content in masks.items()}
-    return bad
+def test_conditions_with_a_strength(tmp_path):
+    sample = one_sample(tmp_path, smooth(64, 80), squares(64, 80))
+    clear = sample.image().astype(int)
+    none, some, usual = (abs(sample.image(name) - clear).mean() for name in ("fog@0", "fog@0.3", "fog"))
+    assert none < 4  # the JPEG alone
+    assert 2 < some < usual - 2
+    for condition in ("clear@1", "fog@x", "fog@nan", "fog@-1", "fog@11", "mist"):
+        with refused(repr(condition), "impulse_noise", kind=data.DatasetError):
+            sample.image(condition)
 
 def test_bad_samples_are_named_skipped_and_counted(tmp_path, capsys):
-    bad = bad_files(tmp_path / "files")
-    bad |= {"small": (smooth(10, 300), np.ones((1, 10, 300), bool)), "pixel": (smooth(1, 1), np.ones((1, 1, 1), bool))}
-    lone = {"lone_image": (smooth(), None), "lone_mask": (None, squares())}
-    root = put_split(tmp_path / "set", {"good": (smooth(), squares()), **bad, **lone})
+    file = io.BytesIO()
+    np.save(file, np.array([{}], object), allow_pickle=True)
+    put_all(tmp_path, {"x.jpg": smooth(), "x.npy": squares()})
+    bad = {
+        "cut_jpg": ((tmp_path / "x.jpg").read_bytes()[:400], squares()),
+        "text_jpg": (b"not an image", squares()),
+        "small": (smooth(10, 300), np.ones((1, 10, 300), bool)),  # too small to be degraded
+        "cut_npy": (smooth(), (tmp_path / "x.npy").read_bytes()[:-50]),
+        "pickle": (smooth(), file.getvalue()),
+        "words": (smooth(), np.full((1, 24, 32), "x")),
+        "turned": (smooth(), squares(32, 24)),
+        "void": (smooth(), np.zeros((2, 24, 32), bool)),
+        "none": (smooth(), np.zeros((0, 24, 32), bool))}
+    others = {"good": GOOD, "lone_image": (smooth(), None), "lone_mask": (None, squares())}
+    root = put_split(tmp_path / "set", bad | others | {"twin": GOOD})
+    put(root / "test" / "clear" / "twin.png", smooth())
     dataset = data.load_dataset(root, "test")
     assert names_of(dataset) == sorted(["good", *bad])
     lines = [line.split("/")[-1] for line in dataset.skipped]
-    assert lines == ["lone_image.jpg: has no mask file", "lone_mask.npy: has no image"]
-
-    errors = {}
+    assert lines == ["lone_image.jpg: has no mask file", "twin.jpg: has no mask file", "twin.png: has no mask file",
+                     "lone_mask.npy: has no image", "twin.png? rename or remove one"]
     for sample in dataset:
-        try:
-            sample.image("fog"), sample.masks()
-        except data.SampleError as error:
-            errors[sample.name] = error
-    assert sorted(errors) == sorted(bad)
-    for name, error in errors.items():
-        assert re.search(rf"{name}\.[^\n]*$", str(error))
-        assert str(pickle.loads(pickle.dumps(error))) == str(error)
-        assert dataset.skip(error)
-        assert not dataset.skip(error)  # each is counted once
-    assert "16 images; 17 files skipped" in dataset.summary()
+        if sample.name in bad:
+            with pytest.raises(data.SampleError, match=rf"{sample.name}\.[^\n]*$") as error:
+                sample.image("fog"), sample.masks()
+            assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+            assert dataset.skip(error.value)
+            assert not dataset.skip(error.value)  # each is counted once
+    assert "10 images; 14 files skipped" in dataset.summary()
     for option in ("--check", "--corrupt", f"--sheet={tmp_path / 's.png'}", f"--export-prompts={tmp_path / 'p.json'}"):
         assert run_cli(data.main, root, option) is None
-        assert capsys.readouterr().out.count("skipped: ") == 17
+        assert capsys.readouterr().out.count("skipped: ") == 14
     assert "small.jpg" not in os.listdir(root / "test" / "fog")
 
 @pytest.mark.parametrize("error", [MemoryError(), ValueError("two\nlines"), AttributeError("x")])
-def test_whatever_one_sample_raises_is_its_own_error(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize("name", ["corrupt", "read_planes", "_eight_bits"])
+def test_whatever_one_sample_raises_is_its_own_error(tmp_path, monkeypatch, name, error):
     def broken(*_):
         raise error
 
     sample = one_sample(tmp_path)
-    for name, use in (("corrupt", lambda: sample.image("fog")), ("read_planes", sample.masks),
-                      ("_eight_bits", sample.image)):
-        with monkeypatch.context() as patch, refused("a.", kind=data.SampleError):
-            patch.setattr(data, name, broken)
-            use()
+    monkeypatch.setattr(data, name, broken)
+    with refused("a.", kind=data.SampleError):
+        sample.image("fog"), sample.masks()
 
 def test_strict_datasets_raise_what_they_would_skip(tmp_path):
     one_sample(tmp_path)
@@ -1868,161 +1839,106 @@ def test_strict_datasets_raise_what_they_would_skip(tmp_path):
     with refused("lone_image", kind=data.SampleError):
         data.load_dataset(tmp_path, "test", strict=True)
 
-@pytest.mark.parametrize("dtype, masks, expected", [
-    ("uint8", [[0, 1], [1, 0]], [[0, 1], [1, 0]]),
-    ("int64", [[0, 1], [1, 1]], [[0, 1], [1, 1]]),
-    ("uint8", [[0, 127], [128, 255]], [[0, 0], [1, 1]]),
-    ("float32", [[0.0, 0.5], [0.51, 1]], [[0, 0], [1, 1]]),
-    ("bool", [[[0, 1], [1, 1]]], [[0, 1], [1, 1]])])
-def test_mask_files_of_every_number_type(tmp_path, dtype, masks, expected):
-    put(tmp_path / "m.npy", np.array(masks, dtype))
-    planes = data.read_planes(tmp_path / "m.npy")
-    assert planes.dtype == bool
-    assert planes.tolist() == np.array([expected], bool).tolist()
-
 # Images.
 
-GREY = smooth(20, 30)[..., 0]
-GREY.flat[:2] = 0, 255
+COLOURS = Image.fromarray(smooth(20, 30))
+SPECIAL = {"P": COLOURS.quantize(16), "LAB": Image.new("LAB", (30, 20), (128, 148, 158))}
+FRAMES = dict(save_all=True, append_images=[Image.fromarray(smooth(20, 30, 1))])
 
-@pytest.mark.parametrize("mode, endings", [
-    ("1", "png tif bmp ppm"),
-    ("L", "png tif bmp ppm jp2"),
-    ("LA", "png tif jp2"),
-    ("P", "png tif bmp gif"),
-    ("PA", "tif"),
-    ("RGBA", "png tif bmp jp2"),
-    ("CMYK", "tif jp2"),
-    ("YCbCr", "tif jp2"),
-    ("LAB", "tif")])
+@pytest.mark.parametrize("modes, endings, options", [
+    ("1 L", "png tif bmp ppm", {}),
+    ("P", "png tif bmp gif", {}),
+    ("P", "png", dict(transparency=3)),  # transparent colours keep their colour
+    ("P", "png", dict(transparency=bytes(range(16)))),
+    ("RGB", "png webp", dict(lossless=True) | FRAMES),  # the first frame counts
+    ("L LA RGBA CMYK YCbCr", "tif jp2", {}),
+    ("LA RGBA", "png", {}),
+    ("PA LAB", "tif", {})])
 @pytest.mark.filterwarnings("error")
-def test_every_mode_of_image_becomes_rgb(tmp_path, mode, endings):
-    original = Image.fromarray(smooth(20, 30))
-    original = Image.new("LAB", (30, 20), (128, 148, 158)) if mode == "LAB" else original.convert(mode)
-    for ending in endings.split():
-        original.save(tmp_path / f"x.{ending}")
+def test_every_mode_of_image_becomes_rgb(tmp_path, modes, endings, options):
+    for mode, ending in itertools.product(modes.split(), endings.split()):
+        original = SPECIAL.get(mode) or COLOURS.convert(mode)
+        original.save(tmp_path / f"x.{ending}", **options)
         image = data.read_image(tmp_path / f"x.{ending}")
-        assert np.array_equal(image, np.array(original.convert("RGB"))), ending
+        assert np.array_equal(image, np.array(original.convert("RGB"))), (mode, ending)
         assert image.flags.writeable
 
-def test_transparent_colours_keep_their_colour(tmp_path):
-    palette = Image.fromarray(smooth(20, 30)).quantize(16)
-    for transparency in (3, bytes(range(16))):
-        palette.save(tmp_path / "x.png", transparency=transparency)
-        assert np.array_equal(data.read_image(tmp_path / "x.png"), np.array(palette.convert("RGB")))
-
 def test_levels_multiplied_by_alpha_are_divided_by_it():
-    image = Image.new("RGBA", (3, 2), (200, 100, 50, 128)).convert("RGBa")
+    image = Image.new("RGBA", (1, 1), (200, 100, 50, 128)).convert("RGBa")
     image.filename = "x"
-    assert np.abs(np.array(data._eight_bits(image).convert("RGB")) - np.array([200, 100, 50.0])).max() < 2
+    assert data._eight_bits(image).getpixel((0, 0)) == pytest.approx((200, 100, 50, 128), abs=2)
 
-def test_of_several_frames_the_first_counts(tmp_path):
-    frames = [Image.fromarray(smooth(20, 30, seed)) for seed in range(3)]
-    for name, options in (("x.webp", dict(lossless=True)), ("x.png", {})):
-        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
-        assert np.array_equal(data.read_image(tmp_path / name), smooth(20, 30))
-
-def png_of_colours(path, levels):
-    """Writes uint16 HxWx3 as a PNG, which Pillow cannot."""
-    height, width, _ = levels.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
-    content = b"\x89PNG\r\n\x1a\n"
-    for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
-        check = zlib.crc32(kind + body).to_bytes(4, "big")
-        content += len(body).to_bytes(4, "big") + kind + body + check
-    path.write_bytes(content)
-
-@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("bits", [8, 12, 16])
 def test_images_of_more_than_8_bits(tmp_path, bits):
     """By their largest level; what their file states goes first."""
-    levels = GREY.astype(np.uint16) << (bits - 8)
+    expected = smooth(20, 30)[..., 0]
+    expected.flat[:2] = 0, 255
+    levels = expected.astype(np.uint16) << (bits - 8)
     levels[0, 1] = (1 << bits) - 1
     grey = Image.fromarray(levels)
-    grey.save(tmp_path / "grey.png")
-    grey.save(tmp_path / "grey.tif")
-    grey.convert("I").save(tmp_path / "long.tif")
-    grey.convert("I").convert("I;16B").save(tmp_path / "big_endian.tif")
-    for path in tmp_path.iterdir():
-        assert np.array_equal(data.read_image(path), np.dstack([GREY] * 3)), path.name
-    Image.fromarray(GREY.astype(np.uint16)).save(tmp_path / "dark.tif", tiffinfo={281: (1 << bits) - 1})
-    assert np.array_equal(data.read_image(tmp_path / "dark.tif")[..., 0], GREY >> (bits - 8))
+    long = grey.convert("I")
+    for file, image in (("x.png", grey), ("x.tif", grey), ("x.tif", long), ("x.tif", long.convert("I;16B"))):
+        image.save(tmp_path / file)
+        assert np.array_equal(data.read_image(tmp_path / file), np.dstack([expected] * 3))
+    Image.fromarray(expected.astype(np.uint16)).save(tmp_path / "dark.tif", tiffinfo={281: (1 << bits) - 1})
+    assert np.array_equal(data.read_image(tmp_path / "dark.tif")[..., 0], expected >> (bits - 8))
+
+# PNGs of 16 bits a colour, which Pillow cannot write, of two pixels: these levels, times 257 and times 16.
+LEVELS = [[[255, 0, 128], [1, 254, 77]]]
+HEAD = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABEAIAAAAr0DSeAAAAFUlEQVR42mP"
+FULL_RANGE = base64.b64decode(HEAD + "4/5+BoaGBkfHfP19fACZaBZf7FWQ8AAAAAElFTkSuQmCC")
+PART = base64.b64decode(HEAD + "g/8DAwMHAIMD/gOUCAA9VAtsF+O+iAAAAAElFTkSuQmCC")
 
 def test_colours_of_16_bits(tmp_path):
-    image = smooth(20, 30).astype(np.uint16)
-    png_of_colours(tmp_path / "full.png", image * 257)
-    png_of_colours(tmp_path / "part.png", image * 16)
-    assert np.array_equal(data.read_image(tmp_path / "full.png"), image)
-    with refused("part.png", "16 bits", kind=data.SampleError):
-        data.read_image(tmp_path / "part.png")
+    put(tmp_path / "x.png", FULL_RANGE)
+    assert data.read_image(tmp_path / "x.png").tolist() == LEVELS
 
-@pytest.mark.parametrize("levels, words", [
-    (np.linspace(0, 1, 600, dtype=np.float32), "floating-point"),
-    (np.arange(600, dtype=np.int32) - 1, "-1 to 598"),
-    (np.arange(600, dtype=np.int32) * 1000, "0 to 599000")])
-def test_images_of_unknown_range_are_refused(tmp_path, levels, words):
-    Image.fromarray(levels.reshape(20, 30)).save(tmp_path / "x.tif")
-    with refused("x.tif", words, kind=data.SampleError):
-        data.read_image(tmp_path / "x.tif")
+RAMP = np.arange(600, dtype=np.int32).reshape(20, 30)
 
-def test_masks_of_16_bits(tmp_path):
-    for name, top in (("1", 1), ("255", 255), ("65535", 65535)):
-        put(tmp_path / f"{name}.jpg", smooth())
-        put(tmp_path / f"{name}.png", squares()[0].astype(np.uint16) * top)
-    for sample in data.load_dataset(tmp_path, "all"):
-        assert np.array_equal(sample.masks(), squares())
+@pytest.mark.parametrize("file, content, words", [
+    ("x.tif", RAMP.astype(np.float32), "floating-point"),
+    ("x.tif", RAMP - 1, "-1 to 598"),
+    ("x.tif", RAMP * 1000, "0 to 599000"),
+    ("x.png", PART, "16 bits")])
+def test_images_of_unknown_range_are_refused(tmp_path, file, content, words):
+    put(tmp_path / file, content)
+    with refused(file, words, kind=data.SampleError):
+        data.read_image(tmp_path / file)
 
-@pytest.mark.parametrize("read", [data.read_image, data.image_size])
-def test_images_too_large_for_the_memory(tmp_path, monkeypatch, read):
+@pytest.mark.parametrize("most", [400, 200])  # Pillow warns, or raises
+def test_images_too_large_for_the_memory(tmp_path, monkeypatch, most):
     put(tmp_path / "x.png", smooth(20, 30))
-    for most in (400, 200):  # Pillow warns, or raises
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
-        with refused("x.png", "600 pixels", kind=data.SampleError):
-            read(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+    with refused("x.png", "600 pixels", kind=data.SampleError):
+        data.image_size(tmp_path / "x.png")
 
-@pytest.mark.parametrize("file, options", [
-    ("x.png", {}),
-    ("x.webp", dict(lossless=True)),
-    ("x.tif", {}),
-    ("x.tif", dict(compression="tiff_lzw"))])
+@pytest.mark.parametrize("file, options", [("x.png", {}), ("x.tif", {}), ("x.tif", {"compression": "tiff_lzw"})])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_are_upright_or_as_their_annotation_has_them(tmp_path, orientation, file, options):
     rgb = smooth(20, 30)
-    clockwise, counterclockwise = np.rot90(rgb, -1), np.rot90(rgb)
-    upright = {1: rgb, 2: rgb[:, ::-1], 3: rgb[::-1, ::-1], 4: rgb[::-1], 5: clockwise[:, ::-1], 6: clockwise,
-               7: counterclockwise[:, ::-1], 8: counterclockwise}[orientation]
+    half_turn = rgb[::-1, ::-1]
+    upright = [rgb, rgb[:, ::-1], half_turn, rgb[::-1], rgb.swapaxes(0, 1), np.rot90(rgb, -1),
+               half_turn.swapaxes(0, 1), np.rot90(rgb)][orientation - 1]
     path = tmp_path / file
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(rgb).save(path, exif=exif, **options)
-    size = upright.shape[:2]
     cases = [(None, upright), ((20, 30), rgb)]
     if orientation > 4:
         cases.append(((30, 20), upright))
     for annotated, expected in cases:
         assert np.array_equal(data.read_image(path, annotated), expected)
         assert data.image_size(path, annotated) == expected.shape[:2]
-    with refused(f"{file}: is ", f"{size[1]} x {size[0]}", "31 x 20", kind=data.SampleError):
+    with refused(f"{file}: is ", f"{upright.shape[1]} x {upright.shape[0]}", "31 x 20", kind=data.SampleError):
         data.read_image(path, (20, 31))
-
-@pytest.mark.parametrize("ending", [".PNG", ".jpeg", ".Tif", ".tiff", ".bmp", ".WEBP"])
-def test_image_files_are_found_by_any_ending_and_hidden_ones_left_out(tmp_path, ending):
-    put_split(tmp_path, {"a": (None, squares()[0]), "._a": (b"", None)})  # the second: what macOS leaves beside them
-    put(tmp_path / "test" / "clear" / f"a{ending}", smooth())
-    dataset = data.load_dataset(tmp_path, "test")
-    assert names_of(dataset) == ["a"]
-    assert dataset[0].image().shape == (24, 32, 3)
-    assert dataset.skipped == []
 
 # The demo.
 
 def test_demo_scenes():
     scenes = [data.demo_scene(seed) for seed in range(20)]
     for image, masks in scenes:
-        assert image.dtype == np.uint8
         assert image.shape == (*masks.shape[1:], 3)
         assert max(image.shape) == 128
-        assert min(image.shape[:2]) in (96, 112, 128)
         assert masks.sum(0).max() == 1  # disjoint
         assert masks.sum((1, 2)).min() >= 60  # and none is a speck
     assert 2.5 < np.mean([len(masks) for _, masks in scenes]) < 5
@@ -2030,140 +1946,104 @@ def test_demo_scenes():
 
 def test_patterned_objects():
     """Bold patterns spread an object's colours; without them the scenes are those that the tiny SAM was made on."""
-    spreads = {0: [], 1: []}
-    for patterned, seed in itertools.product(spreads, range(12)):
+    spreads = [[], []]
+    for seed, patterned in itertools.product(range(8), (0, 1)):
         image, masks = data.demo_scene(seed, patterned=patterned)
         spreads[patterned] += [image[mask].std(0).mean() for mask in masks]
     assert np.mean(spreads[1]) > np.mean(spreads[0]) + 10
-    _, masks = data.demo_scene(3, patterned=0)
-    assert zlib.crc32(masks.tobytes()) == 2144091347
+    assert zlib.crc32(data.demo_scene(3, patterned=0)[1].tobytes()) == 2144091347
 
 def test_make_demo_writes_a_dataset_or_nothing(tmp_path):
-    root = tmp_path / "demo"
     put(tmp_path / "demo.part" / "demo" / "train" / "clear" / "old.jpg", smooth())  # of a run that was killed
-    data.make_demo(root, train=3, val=2, test=0)
+    data.make_demo(tmp_path / "demo", train=3, val=2, test=0)
     assert os.listdir(tmp_path) == ["demo"]
-    assert sorted(os.listdir(root)) == ["train", "val"]
-    train, val = (data.load_dataset(root, split) for split in ("train", "val"))
-    assert train.skipped == val.skipped == []
+    assert sorted(os.listdir(tmp_path / "demo")) == ["train", "val"]
+    train, val = (data.load_dataset(tmp_path / "demo", split, strict=True) for split in ("train", "val"))
     assert len({sample.masks().tobytes() for sample in [*train, *val]}) == 5  # no scene twice
     with refused("not an empty folder", kind=data.DatasetError):
-        data.make_demo(root, 1, 1, 1)
+        data.make_demo(tmp_path / "demo", 1, 1, 1)
     data.make_demo(tmp_path / "less", train=1, val=0, test=0)
-    again = data.load_dataset(tmp_path / "less", "train")[0]
-    assert np.array_equal(again.image(), train[0].image())  # scenes do not depend on their number
+    less, = data.load_dataset(tmp_path / "less", "train")
+    assert np.array_equal(less.image(), train[0].image())  # scenes do not depend on their number
 
 # What ends, and what meets.
 
-@contextlib.contextmanager
-def full_disk():
-    """No file can grow beyond 2,000 bytes."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-
-@pytest.mark.parametrize("words", ["new --make-demo --scenes 2 1 1", "new --make-demo --scenes 30 1 1", "d --corrupt",
-                                   "d --export-prompts p.json", "d --sheet s.png"])
+@pytest.mark.parametrize("words", ["new --make-demo --scenes 2 1 1", "d --corrupt", "d --export-prompts p.json",
+                                   "d --sheet s.png"])
 def test_a_full_disk_says_so_and_leaves_nothing_half_written(tmp_path, monkeypatch, capsys, words):
     monkeypatch.chdir(tmp_path)
     put_split(tmp_path / "d", {str(k): (scene(64, 80), squares(64, 80, 9)) for k in range(4)})
-    with full_disk():
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # bytes that a file can have
+    try:
         assert run_cli(data.main, *words.split()) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     one_error(capsys, "cannot write this file (File too large)")
     assert os.listdir() == ["d"]
     assert not list(tmp_path.rglob("*part*"))
 
-def started(script, *arguments):
-    """A Python program in a process of its own that has said "ready"."""
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE)
-    assert child.stdout.readline() == "ready\n"
-    return child
+FORK = multiprocessing.get_context("fork")
 
-HOLDS = """
-import data, sys, time
-with data.alone_in(sys.argv[1]):
-    print("ready", flush=True)
+def tell(folder):
+    """The work of a process: its number becomes a file of this folder."""
+    (folder / str(os.getpid())).touch()
     time.sleep(60)
-"""
 
-@pytest.mark.parametrize("folder, words", [("d/test", "d --corrupt"), ("new.part", "new --make-demo --scenes 1 1 1")])
-def test_two_programs_in_one_folder(tmp_path, monkeypatch, capsys, folder, words):
-    monkeypatch.chdir(tmp_path)
-    put_split(tmp_path / "d", {"a": (smooth(), squares())})
-    holder = started(HOLDS, tmp_path / folder)
-    try:
-        assert run_cli(data.main, *words.split()) == 2
-        one_error(capsys, folder, "another program is writing there")
-    finally:
-        holder.kill()
-        holder.wait()
+def told(folder, count):
+    """The numbers of so many processes."""
+    end = time.monotonic() + 20
+    while len(os.listdir(folder)) < count and time.monotonic() < end:
+        time.sleep(0.01)
+    return list(map(int, os.listdir(folder)))
+
+def hold(held, folder):
+    with data.alone_in(held):
+        tell(folder)
+
+@pytest.mark.parametrize("held, words", [("d/test", "d --corrupt"), ("new.part", "new --make-demo --scenes 1 1 1")])
+def test_two_programs_in_one_folder(tmp_path, tmp_path_factory, monkeypatch, capsys, held, words):
+    numbers = tmp_path_factory.mktemp("numbers")
+    monkeypatch.chdir(put_split(tmp_path / "d", {"a": GOOD}).parent)
+    holder = FORK.Process(target=hold, args=(held, numbers), daemon=True)
+    holder.start()
+    assert told(numbers, 1) == [holder.pid]
+    assert run_cli(data.main, *words.split()) == 2
+    one_error(capsys, held, "another program is writing there")
+    holder.kill()
+    holder.join()
     assert run_cli(data.main, *words.split()) is None  # the lock of a dead process is no obstacle
 
-def test_a_folder_that_cannot_be_written(tmp_path):
-    put(tmp_path / "file", "x")
-    with refused("cannot write into this folder", kind=data.DatasetError), data.alone_in(tmp_path / "file"):
-        pass
-
-FAMILY = """
-import multiprocessing, os, sys, time
-import data
-
-def work(method, depth):
+def grandchild(folder):
     data.end_with_parent()
-    os.write(1, b"%d\\n" % os.getpid())  # in one piece
-    if depth:
-        start(method, depth - 1)
-    time.sleep(60)
+    tell(folder)
 
-def start(method, depth):
-    for _ in range(2):
-        multiprocessing.get_context(method).Process(target=work, args=(method, depth)).start()
+def child(folder):
+    FORK.Process(target=grandchild, args=[folder]).start()
+    tell(folder)
 
-if __name__ == "__main__":
-    start(sys.argv[1], 1)
-    print("started", flush=True)
-    time.sleep(60)
-"""
+def alive(process):
+    """Whether the process of this number has not ended."""
+    with contextlib.suppress(OSError):
+        return ") Z" not in pathlib.Path(f"/proc/{process}/stat").read_text()
+    return False
 
-def within(seconds, condition):
-    """Waits until the condition holds, at most so long; whether it does."""
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
+def test_no_worker_outlives_its_parent(tmp_path, monkeypatch):
+    """Three levels: a program, the two workers of its pool, a process that each of them starts."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    program = FORK.Process(target=lambda: list(data._parallel(child, [tmp_path] * 16)))
+    program.start()
+    others = told(tmp_path, 4)
+    program.kill()
+    program.join()
+    end = time.monotonic() + 10
+    while any(map(alive, others)) and time.monotonic() < end:
         time.sleep(0.01)
-    return condition()
-
-def processes():
-    """{number: parent's number} of all processes that have not ended."""
-    found = {}
-    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, parent, *_ = stat.read_text().rpartition(")")[2].split()
-            if state != "Z":
-                found[int(stat.parent.name)] = int(parent)
-    return found
-
-@pytest.mark.parametrize("method, signal_sent", [
-    ("fork", signal.SIGKILL),
-    ("fork", signal.SIGTERM),
-    ("spawn", signal.SIGKILL)])
-def test_no_worker_outlives_its_parent(tmp_path, method, signal_sent):
-    """Three levels: a program, two workers, two workers of each."""
-    put(tmp_path / "family.py", FAMILY)
-    environment = os.environ | dict(PYTHONPATH=HERE)
-    top = subprocess.Popen([sys.executable, tmp_path / "family.py", method], stdout=subprocess.PIPE, text=True,
-                           env=environment)
-    try:
-        lines = [top.stdout.readline().strip() for _ in range(7)]
-        workers = {int(line) for line in lines if line.isdigit()}
-    finally:
-        top.send_signal(signal_sent)
-        top.wait()
-    assert len(workers) == 6
-    assert within(10, lambda: not processes().keys() & workers)
+    left = list(filter(alive, others))
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    assert len(others) == 4
+    assert not left
 
 def double(number):
     """The work of a pool."""
@@ -2185,87 +2065,39 @@ def test_a_worker_that_fails_ends_the_work_and_all_workers_at_once(monkeypatch, 
     assert not multiprocessing.active_children()
     assert time.monotonic() - start < 30
 
-def test_demo_workers_end_with_the_program(tmp_path):
-    command = [sys.executable, data.__file__, tmp_path / "demo", "--make-demo"]
-    program = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        assert within(20, lambda: list(tmp_path.rglob("*.npy")))
-        workers = {process for process, parent in processes().items() if parent == program.pid}
-    finally:
-        program.kill()
-        program.wait()
-    assert within(10, lambda: not processes().keys() & workers)
-    assert not (tmp_path / "demo").exists()
-
-ASCII = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii")
-
-def test_names_that_are_not_utf8(tmp_path):
-    root = put_split(tmp_path / "d", {"a": (smooth(), squares()), "lone": (smooth(), None)})
-    for folder, old, new in (("clear", "a.jpg", b"\xff\xe9.jpg"), ("masks", "a.npy", b"\xff\xe9.npy"),
-                             ("clear", "lone.jpg", b"\xfe.jpg")):
-        top = os.fsencode(root / "test" / folder)
-        os.rename(os.path.join(top, os.fsencode(old)), os.path.join(top, new))
-    pinned = tmp_path / "p.json"
-    command = [sys.executable, data.__file__, root, "--check", "--corrupt", "--export-prompts", pinned, "--sheet",
-               tmp_path / "s.png"]
-    done = subprocess.run(command, capture_output=True, env=os.environ | ASCII)
-    assert done.returncode == 0, done.stderr
-    assert b"\\udcfe.jpg: has no mask file" in done.stdout
-    sample = data.load_datasets([root], "test", prompt_files=[pinned])[0][0]
-    assert sample.name == os.fsdecode(b"\xff\xe9")
+def test_names_that_are_not_utf8(tmp_path, capsys):
+    stem, lone = "\udcff\udce9", "\udcfe"  # how Python writes such bytes
+    root = put_split(tmp_path / "d", {stem: GOOD, lone: (smooth(), None)})
+    prompts = tmp_path / "p.json"
+    options = "--check", "--corrupt", "--export-prompts", prompts, "--sheet", tmp_path / "s.png"
+    assert run_cli(data.main, root, *options) is None
+    assert "\\udcfe.jpg: has no mask file" in capsys.readouterr().out
+    sample = data.load_datasets([root], "test", prompt_files=[prompts])[0][0]
+    assert sample.name == stem
     assert np.array_equal(sample.image("fog"), sample.image("fog", stored=False))
-    data.save_text(sample.name, tmp_path / "name.txt")
-    assert (tmp_path / "name.txt").read_text() == "\\udcff\\udce9"
-
-def test_conditions_with_a_strength(tmp_path):
-    sample = one_sample(tmp_path, smooth(64, 80), squares(64, 80))
-    clear = sample.image().astype(int)
-    distance = {name: abs(sample.image(name) - clear).mean() for name in ("fog", "fog@0", "fog@0.3")}
-    assert np.array_equal(sample.image("fog@1"), sample.image("fog"))
-    assert 2 < distance["fog@0.3"] < distance["fog"] - 2
-    assert distance["fog@0"] < 4  # the JPEG alone
-    for condition in ("clear@1", "fog@x", "fog@nan", "fog@-1", "fog@11", "mist"):
-        with refused(repr(condition), "impulse_noise", kind=data.DatasetError):
-            sample.image(condition)
-
-@pytest.mark.parametrize("path, split, kind, words", [
-    ("nowhere", "test", "auto", ["nowhere", "no such folder"]),
-    ("d", "tset", "auto", ["tset", "test, train, val"]),
-    ("d", "train", "auto", ["masks", "masks.zip"]),
-    ("d", "val", "auto", ["1 images", "0 .npy"]),
-    ("d", "test", "coco", ["instances_<split>2017.json", "holds: test, train, val"]),
-    ("d/test", "test", "auto", ["parent folder"]),
-    ("void", "test", "auto", ["no dataset", "clear", *(reader.__doc__ for reader in data.KINDS.values())]),
-    ("d", "test", "cocoa", ["'cocoa'", "robustseg", "msra10k"])])
-def test_errors_of_datasets_say_what_was_looked_for(tmp_path, path, split, kind, words):
-    put_split(tmp_path / "d", {"a": (smooth(), squares())})
-    put_split(tmp_path / "d", {"a": (smooth(), None)}, "val")
-    os.makedirs(tmp_path / "d" / "train" / "clear")
-    os.makedirs(tmp_path / "void")
-    with refused(*words, kind=data.DatasetError):
-        data.load_dataset(tmp_path / path, split, kind)
 
 def test_data_command_line(tmp_path, capsys):
     root = put_split(tmp_path / "d", {"a": (smooth(), squares(count=2))})
-    sheet = tmp_path / "sheet.png"
-    assert run_cli(data.main, root, "--sheet", sheet) is None
+    assert run_cli(data.main, root, "--sheet", tmp_path / "sheet.png") is None
     shown = capsys.readouterr().out
     for words in ("d/test (robustseg): 1 images; 0 files skipped", "(2 to 2)", "100% up to 10 %", "median 4.7%"):
         assert words in shown
-    assert Image.open(sheet).width > 100
+    assert Image.open(tmp_path / "sheet.png").width > 100
 
-@pytest.mark.parametrize("mistake", ["nowhere", "d --split x", "d --make-demo", "d --frobnicate", "",
-                                     "d --sheet no/where.png", "d --sheet d"])
-def test_mistakes_on_the_data_command_line(tmp_path, monkeypatch, capsys, mistake):
-    put_split(tmp_path / "d", {"a": (smooth(), squares())})
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("mistake, words", [
+    ("nowhere", "no such folder"),
+    ("d --split x", "no split 'x'"),
+    ("file/new --make-demo", "cannot write into this folder"),
+    ("d --sheet d", "d: ")])
+def test_mistakes_on_the_data_command_line(tmp_path, monkeypatch, capsys, mistake, words):
+    monkeypatch.chdir(put_split(tmp_path / "d", {"a": GOOD}).parent)
+    put(tmp_path / "file", "")
     assert run_cli(data.main, *mistake.split()) == 2
-    assert one_error(capsys)
+    one_error(capsys, words)
 
 # ---- Data: the eleven layouts ---------------------------------------------------------------------------------------
-# LAYOUTS holds a writer for each, which writes a miniature in the form of its makers, with every wart of the real one
-# that is known, and yields what must be read: (split, sample's name, {index: (label, the object's rectangles)}).
-# Images are 64 x 96, their objects bright rectangles (x0, y0, x1, y1), another pair for every image.
+# A writer for each writes a miniature in the form of its makers, with every wart of the real one that is known, and
+# yields what must be read: (split, sample's name, {index: (label, the object's rectangles (x0, y0, x1, y1))}).
 
 def area(*boxes):
     """The mask of some rectangles."""
@@ -2296,15 +2128,15 @@ def ring(x0, y0, x1, y1):
     """The rectangle as COCO's corners: [x, y, x, y, ...]."""
     return [x0, y0, x1, y0, x1, y1, x0, y1]
 
-def runs(mask):
-    """A mask as a list of COCO's run lengths."""
+def rle(mask):
+    """A mask as COCO's run lengths, a list."""
     lengths = [len(list(run)) for _, run in itertools.groupby(mask.T.ravel().tolist())]
-    return [0, *lengths] if mask[0, 0] else lengths
+    return dict(size=list(mask.shape), counts=[0, *lengths] if mask[0, 0] else lengths)
 
 THIRD = 60, 2, 90, 14
 THIRD_RLE = "Rh3<d1" + "0" * 57 + "n;"  # pycocotools' own
 COCO_WARTS = [
-    dict(iscrowd=1, segmentation=dict(size=[64, 96], counts=runs(area(THIRD)))),
+    dict(iscrowd=1, segmentation=rle(area(THIRD))),
     dict(iscrowd=0),
     dict(segmentation=[]),
     dict(segmentation=[[1, 2, 3, 4], [5, 6]]),
@@ -2334,19 +2166,23 @@ def coco_file(path, split, images, labels):
                    annotations=annotations[::-1], categories=categories))
 
 def write_robustseg(root):
-    for split, form in (("train", "rs_{}"), ("val", "v{}"), ("test", "t{}")):
-        for k, stem in enumerate(named(form)):
+    for split in ("train", "val", "test"):
+        for k, stem in enumerate(named(f"{split}_é{{}}", count=4)):
             a, b = pair(k)
-            put_split(root, {stem: (photo(a, b), np.stack([area(a), area(), area(b)]))}, split)
+            planes = np.stack([area(a), area(), area(b)])
+            forms = planes, planes.astype(np.int64), planes + np.uint8(127), planes * 0.01 + 0.5
+            file = unicodedata.normalize("NFD", stem) + (".PNG", ".jpeg", ".Tif", ".WEBP")[k]
+            put_all(root / split, {f"clear/{file}": photo(a, b), f"masks/{stem}.npy": forms[k]})
             yield split, stem, {0: (None, a), 2: (None, b)}
-    put_split(root, {"lone": (None, squares())}, "val")
+    put_all(root / "val", {"masks/lone.npy": squares(), "clear/._lone.jpg": b""})  # the second: macOS's
 
 def write_coco(root):
     for split in ("train", "val"):
         images = {}
-        for name in ("000000000139", "000000000140", "000000000141", "000000000009"):
-            images[name] = dict(file_name=f"{name}.jpg"), root / f"{split}2017" / f"{name}.jpg"
-        images[name] = dict(file_name=f"{name}.jpg"), None  # the last is not there
+        for name in ("000000000139", "000000000140", "é", "000000000009"):
+            record = dict(file_name=unicodedata.normalize("NFD", f"{name}.jpg"))
+            images[name] = record, root / f"{split}2017" / f"{name}.jpg"
+        images[name] = record, None  # the last is not there
         file = root / "annotations" / f"instances_{split}2017.json"
         yield from coco_file(file, split, images, ("cat", "dog", "Würfel"))
 
@@ -2354,9 +2190,9 @@ def write_lvis(root):
     for split, places in (("train", ["train2017/000000000035", "train2017/000000000036"]),
                           ("val", ["train2017/000000000033", "val2017/000000000034"])):
         images = {}
-        for place in places:
+        for place in places:  # unpacked for COCO, in the folder beside
             record = dict(coco_url=f"http://images.cocodataset.org/{place}.jpg", neg_category_ids=[3, 4])
-            images[place.split("/")[1]] = record, root / "coco" / f"{place}.jpg"
+            images[place.split("/")[1]] = record, root.parent / "coco" / f"{place}.jpg"
         yield from coco_file(root / f"lvis_v1_{split}.json", split, images, ("aerosol_can", "cat", "dog"))
     put(root / "lvis_v1_image_info_test_dev.json", dict(images=[], categories=[]))
 
@@ -2390,57 +2226,43 @@ def write_bdd100k(root):
             yield split, stem, {7: ("car", a), 258: ("pedestrian", b)}
         put(home / "images" / "10k" / split / "lone.jpg", smooth())
 
-def acdc_frames():
-    """Yields (split, "" or "_ref", [(k, frame's name, folders below the top one)]) for each split of ACDC."""
+def acdc_frames(root):
+    """Writes ACDC's images. Yields (split, "" or "_ref", frame's name, its folder below the top one, its objects)."""
+    shots = root / "rgb_anon"
     for first, split, ref in ((40, "train", ""), (42, "val", ""), (40, "train_ref", "_ref")):  # shared names, as there
-        frames = []
-        for k, weather in enumerate(("fog", "night")):
-            frames.append((first + k + len(ref), f"GOPR0475_frame_{first + k:06}", f"{weather}/{split}/GOPR0475"))
-        yield split, ref, frames
-
-def write_acdc_detection(root):
-    for split, ref, frames in acdc_frames():
-        images = {}
-        for _, stem, where in frames:
-            file = f"{where}/{stem}_rgb{ref}_anon.png"
-            images[f"{stem}_rgb{ref}_anon"] = dict(file_name=file), root / "rgb_anon" / file
-        name = f"instancesonly_{split.removesuffix('_ref')}_gt{ref}_detection.json"
-        file = root / "gt_detection_trainval" / "gt_detection" / name
-        yield from coco_file(file, split, images, ("person", "rider", "car"))
+        for k, weather in enumerate(("fog", "night"), first):
+            stem, where = f"GOPR0475_frame_{k:06}", f"{weather}/{split}/GOPR0475"
+            boxes = sorted(pair(k), key=lambda box: box[1])  # from top to bottom
+            put(shots / where / f"{stem}_rgb{ref}_anon.png", photo(*boxes))
+            yield split, ref, stem, where, boxes
+    shutil.move(shots / "fog", root / "elsewhere")
+    (shots / "fog").symlink_to(root / "elsewhere")
+    (root / "elsewhere" / "train" / "circle").symlink_to(shots)
 
 def write_acdc_panoptic(root):
     home = root / "gt_panoptic_trainval" / "gt_panoptic"
-    segments = [
-        dict(id=7, category_id=7),
-        dict(id=24000, category_id=24, iscrowd=1),
-        dict(id=26001, category_id=26, iscrowd=0),
-        dict(id=26002, category_id=26, iscrowd=0)]
-    for split, ref, frames in acdc_frames():
+    crowd = dict(id=24000, category_id=24, iscrowd=1)
+    segments = [dict(id=7, category_id=7), crowd, dict(id=26001, category_id=26), dict(id=26002, category_id=26)]
+    for (split, ref), frames in itertools.groupby(acdc_frames(root), lambda frame: frame[:2]):
         annotations = []
-        for k, stem, where in frames:
-            a, b = pair(k)
+        for _, _, stem, where, (a, b) in frames:
             number = np.full((64, 96), 7)
-            number[area(a)] = 26001
-            number[area(b)] = 26002
-            number[area(THIRD)] = 24000
+            for box, value in ((a, 26001), (b, 26002), (THIRD, 24000)):
+                number[area(box)] = value
             name = f"{stem}_gt{ref}_panoptic.png"
             annotations.append(dict(file_name=name, segments_info=segments))
-            put(root / "rgb_anon" / where / f"{stem}_rgb{ref}_anon.png", photo(a, b))
             put(home / where / name, np.stack([number % 256, number // 256, 0 * number], 2).astype(np.uint8))
             yield split, stem, {26001: ("car", a), 26002: ("car", b)}
         put(home / f"{split.removesuffix('_ref')}_gt{ref}_panoptic.json", dict(annotations=annotations))
 
 def write_acdc_semantic(root):
-    for split, ref, frames in acdc_frames():
-        for k, stem, where in frames:
-            a, b = sorted(pair(k), key=lambda box: box[1])  # parts are numbered from top to bottom
-            classes = np.full((64, 96), 255, np.uint8)
-            classes[60:] = 0
-            classes[area(a, b)] = 13
-            classes[:9, :7] = 11  # a person of 63 pixels
-            put(root / "rgb_anon" / where / f"{stem}_rgb{ref}_anon.png", photo(a, b))
-            put(root / "gt_trainval" / "gt" / where / f"{stem}_gt{ref}_labelTrainIds.png", classes)
-            yield split, stem, {1: ("car", a), 2: ("car", b)}
+    for split, ref, stem, where, (a, b) in acdc_frames(root):
+        classes = np.full((64, 96), 255, np.uint8)
+        classes[60:] = 0
+        classes[area(a, b)] = 13
+        classes[:9, :7] = 11  # a person of 63 pixels
+        put(root / "gt_trainval" / "gt" / where / f"{stem}_gt{ref}_labelTrainIds.png", classes)
+        yield split, stem, {1: ("car", a), 2: ("car", b)}
 
 def via_region(kind, box, k, **attributes):
     x0, y0, x1, y1 = box
@@ -2467,16 +2289,20 @@ def write_ndd20(root):
         put(home / f"{side}_LABELS.json", project)
 
 def write_streets(root):
-    form, home = "IL 53 at Lake Cook (West ramp) West-{}", root / "streets"
     ellipse = dict(shape_attributes=dict(name="ellipse", cx=9, cy=9, rx=2, ry=3), region_attributes={})
     project = {"none.jpg1": dict(filename="none.jpg", regions={})}
-    for k, stem in enumerate(named(form, "train") + named(form, "val")):
+    splits = {"train": [], "val": ["none.jpg", "via_region_data.json"]}
+    for k, split in enumerate(("train", "val", "val", "train")):
+        stem = f"IL 53 at Lake Cook (West ramp) West-{k}"
         a, b = (-5, -7, 20 + k, 9), pair(k)[1]
         regions = [ellipse, *(via_region("polygon", box, k, vehicle_type="car") for box in (a, b))]
         project[f"{stem}.jpg99"] = dict(filename=f"{stem}.jpg", regions=dict(enumerate(regions)))
-        put(home / "images" / f"{stem}.jpg", photo(a, b))
-        yield split_of(stem), stem, {1: ("car", a), 2: ("car", b)}
-    put(home / "annotations" / "vehicle-annotations.json", project)
+        splits[split].append(f"{stem}.jpg")
+        put(root / "streets" / "images" / f"{stem}.jpg", photo(a, b))
+        for name in (split, "all"):
+            yield name, stem, {1: ("car", a), 2: ("car", b)}
+    put(root / "streets" / "annotations" / "vehicle-annotations.json", project)
+    put(root / "data" / "train-val-split.json", splits)
 
 def soft(mask):
     """255 and 0 with soft edges: 128 is the first pixel of the object in a row, 127 the last before."""
@@ -2494,13 +2320,15 @@ def write_thinobject(root):
             put(home / "images" / f"{stem}.jpg", photo(box))
             put(home / "masks" / f"{stem}.png", soft(area(box)))
             yield split, stem, {0: (None, box)}
-        put(home / "list" / f"{split}.txt", "".join(f"{stem}.png\n" for stem in [*stems, f"{split}_lost"]))
+        put(home / "list" / f"{split}.txt", "\ufeff" + "".join(f"{stem}.png\n" for stem in [*stems, f"{split}_lost"]))
 
 def write_msra10k(root):
     home = root / "MSRA10K_Imgs_GT" / "MSRA10K_Imgs_GT" / "Imgs"
-    for k, stem in enumerate(named("{}", "train", 3) + named("{}", "val")):
+    for k, stem in enumerate(named("{}", "train", 4) + named("{}", "val", 4)):
+        mask = area(*pair(k))
         put(home / f"{stem}.jpg", photo(*pair(k)))
-        put(home / f"{stem}.png", soft(area(*pair(k))) if k % 2 else area(*pair(k)).astype(np.uint8))
+        forms = soft(mask), mask * np.uint8(1), mask * np.uint16(255), mask * np.uint16(65535)
+        put(home / f"{stem}.png", forms[k % 4])
         yield split_of(stem), stem, {0: (None, *pair(k))}
     put(home / "lone.jpg", smooth())
 
@@ -2519,16 +2347,15 @@ def write_isic2016(root):
 COCO_LEFT = {"crowd": 1, "ignore": 1, "without a mask": 2, "of fewer than 3 points": 1, "of an unknown image": 1,
              "images without masks": 1}
 LAYOUTS = {
-    "robustseg": (write_robustseg, {}, {"empty": 2}, ["lone.npy: has no image"]),
+    "robustseg": (write_robustseg, {}, {"empty": 4}, ["lone.npy: has no image"]),
     "coco": (write_coco, COCO_LEFT, {"empty": 1}, ["val2017/000000000009.jpg: no such image"]),
     "lvis": (write_lvis, COCO_LEFT, {"empty": 1}, []),
     "lis": (write_lis, COCO_LEFT, {}, []),
     "bdd100k": (write_bdd100k, {}, {"crowd": 2, "ignore": 2}, ["lone.jpg: has no mask file"]),
-    "acdc": (write_acdc_detection, COCO_LEFT, {"empty": 1}, []),
     "acdc-panoptic": (write_acdc_panoptic, {}, {"crowd": 2, "stuff": 2}, []),
     "acdc-semantic": (write_acdc_semantic, {}, {"below 64 px": 2}, []),
     "ndd20": (write_ndd20, {"of fewer than 3 points": 6}, {}, ["ABOVE/0.jpg: no such", "BELOW/0.jpg: no such"]),
-    "streets": (write_streets, {"of shape ellipse": 4, "images without masks": 1}, {}, []),
+    "streets": (write_streets, {"of shape ellipse": 2, "images without masks": 1}, {}, []),
     "thinobject": (write_thinobject, {}, {}, ["val_lost of list/val.txt"]),
     "msra10k": (write_msra10k, {}, {}, ["lone.jpg: has no mask file"]),
     "isic2016": (write_isic2016, {}, {}, ["ISIC_lone.jpg: has no mask file"])}
@@ -2543,18 +2370,18 @@ def write_set(layout, root):
     return truth
 
 def write_layout(layout, root, split="val"):
-    """The same, of one split and without the labels: {sample's name: {index: mask}}."""
-    truth = write_set(layout, root)[split]
-    for name, regions in truth.items():
-        truth[name] = {index: mask for index, (_, mask) in regions.items()}
-    return truth
+    """The same, of one split: {sample's name: {index: (label, mask)}}."""
+    return write_set(layout, root)[split]
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_is_read_to_the_pixel(tmp_path, layout):
-    for split, truth in write_set(layout, tmp_path).items():
-        dataset = data.load_dataset(tmp_path, split)
-        assert dataset.kind == layout.split("-")[0]
-        assert names_of(dataset) == sorted(truth)
+def test_every_layout_is_read_to_the_pixel_and_accounts_for_what_is_left_out(tmp_path, layout):
+    _, left_out, left_out_by_samples, skipped = LAYOUTS[layout]
+    root = tmp_path / "train" / layout  # the folder above is called like a split
+    splits = write_set(layout, root)
+    assert set(data.find_splits(root)[1]) <= {"all", *splits}
+    for split, truth in splits.items():
+        dataset = data.load_dataset(root, split)
+        by_samples = Counter()
         count = 0
         for sample in pickle.loads(pickle.dumps(dataset)):  # as workers that are spawned get it
             regions, masks, image = truth[sample.name], sample.masks(), sample.image()
@@ -2563,97 +2390,41 @@ def test_every_layout_is_read_to_the_pixel(tmp_path, layout):
             for index, label, mask in zip(sample.indices, sample.labels, masks, strict=True):
                 assert label == regions[index][0]
                 assert np.array_equal(mask, regions[index][1])
-            assert image.shape == (64, 96, 3)
             assert ((image.mean(2) > 120) != masks.any(0)).mean() < 0.03
             count += len(masks) + sample.left_out["empty"]
+            by_samples += sample.left_out
+        assert dataset.kind == layout.split("-")[0]
+        assert names_of(dataset) == sorted(truth)
         assert dataset.masks in (None, count)
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_accounts_for_what_it_leaves_out(tmp_path, layout):
-    _, left_out, left_out_by_samples, skipped = LAYOUTS[layout]
-    write_set(layout, tmp_path)
-    dataset, by_samples = data.load_dataset(tmp_path, "val"), Counter()
-    for sample in dataset:
-        sample.masks()
-        by_samples += sample.left_out
-    assert dataset.left_out == left_out
-    assert by_samples == left_out_by_samples
-    assert len(dataset.skipped) == len(skipped)
-    for words, line in zip(skipped, dataset.skipped):
-        assert words in line
-    for reason, count in left_out.items():
-        assert f"{count:,} {reason}" in dataset.summary()
-
-@pytest.mark.parametrize("layout, expected", [
-    ("lvis", ["train", "val"]),
-    ("ndd20", ["above", "all", "below"]),
-    ("acdc-semantic", ["train", "train_ref", "val"])])
-def test_splits_of_the_makers(tmp_path, layout, expected):
-    write_set(layout, tmp_path)
-    _, splits, _ = data.find_splits(str(tmp_path))
-    assert sorted(splits) == expected
-
-def test_splits_of_streets_are_those_of_its_list(tmp_path):
-    truth = write_set("streets", tmp_path)
-    names = [*truth["train"], *truth["val"]]
-    files = [f"{name}.jpg" for name in names]
-    put(tmp_path / "data" / "train-val-split.json", dict(train=files[::2], val=[*files[1::2], "via_region_data.json"]))
-    assert names_of(data.load_dataset(tmp_path, "train")) == sorted(names[::2])
-    assert names_of(data.load_dataset(tmp_path, "val")) == sorted(names[1::2])
-    assert names_of(data.load_dataset(tmp_path, "all")) == sorted(names)
-
-def test_folders_called_like_a_split_and_images_next_door(tmp_path):
-    for layout in ("lvis", "acdc-semantic"):
-        root = tmp_path / "train" / layout
-        truth = write_layout(layout, root)
-        if layout == "lvis":  # its images are unpacked for COCO, in the folder beside
-            shutil.move(root / "coco", tmp_path / "train" / "coco")
-        assert names_of(data.load_dataset(root, "val")) == sorted(truth)
-
-def test_held_out_images_where_a_set_has_no_validation_split(tmp_path):
-    for k in range(200):
-        put(tmp_path / f"{k}.jpg", smooth())
-        put(tmp_path / f"{k}.png", squares()[0])
-    names = names_of(data.load_dataset(tmp_path, "all"))
-    for present in (names, names[:100]):  # once half of the set is gone, whoever is left stays where he was
-        for name in set(names) - set(present):
-            (tmp_path / f"{name}.jpg").unlink()
-        for split in ("train", "val"):
-            expected = [name for name in present if split_of(name) == split]
-            assert names_of(data.load_dataset(tmp_path, split)) == expected
-
-def test_union_of_datasets(tmp_path):
-    names = []
-    for kind in ("msra10k", "bdd100k"):
-        names += sorted(write_layout(kind, tmp_path / kind, "train"))
-    sets = data.load_datasets([tmp_path / "msra10k", f"bdd100k={tmp_path / 'bdd100k'}"], "train")
-    both = data.Union(sets)
-    assert names_of(both) == names
-    assert len(both.skipped) == 2
-    assert names_of(data.spread(both, 2)) == [names[0], names[len(names) // 2]]
+        if split == "val":
+            assert by_samples == left_out_by_samples
+            assert dataset.left_out == left_out
+            for reason, count in left_out.items():
+                assert f"{count} {reason}" in dataset.summary()
+            for words, line in zip(skipped, dataset.skipped, strict=True):
+                assert words in line
 
 def test_the_kind_of_a_folder(tmp_path):
-    write_layout("coco", tmp_path)
-    truth = write_layout("lvis", tmp_path)
-    shutil.copytree(tmp_path / "coco", tmp_path, dirs_exist_ok=True)
+    load_coco(tmp_path, "1.jpg")
+    put(tmp_path / "lvis_v1_val.json", coco("1.jpg"))
     with refused("lvis and coco", f"lvis={tmp_path}", kind=data.DatasetError):
         data.load_dataset(tmp_path, "val")
-    assert names_of(data.load_datasets([f"lvis={tmp_path}"], "val")[0]) == sorted(truth)
-    shutil.rmtree(tmp_path / "val2017")
-    shutil.rmtree(tmp_path / "coco")
-    with refused("nothing to use", "val2017", ".jpg: no such image", kind=data.MissingError):
-        data.load_dataset(tmp_path, "val", "coco")
+    with refused("'cocoa'", "robustseg", "msra10k", kind=data.DatasetError):
+        data.load_dataset(tmp_path, "val", "cocoa")
+    assert names_of(data.load_dataset(tmp_path, "val", "lvis")) == ["1"]
 
-@pytest.mark.parametrize("layout, split", [("ndd20", "all"), ("acdc-semantic", "val")])
-def test_degraded_folders_of_a_set_that_has_none(tmp_path, layout, split):
+@pytest.mark.parametrize("layout, folder", [("robustseg", "val"), ("ndd20", "degraded/all")])
+def test_degraded_images_are_the_same_on_the_fly_and_from_their_folder(tmp_path, layout, folder):
     write_layout(layout, tmp_path)
-    fly = [sample.image("fog") for sample in data.load_dataset(tmp_path, "val")]
+    plain = data.load_dataset(tmp_path, "val")
     assert run_cli(data.main, tmp_path, "--corrupt") is None
-    folder = tmp_path / "degraded" / split / "fog"
-    for sample, expected in zip(data.load_dataset(tmp_path, "val"), fly, strict=True):
-        assert np.array_equal(sample.image("fog"), expected)
-        put(folder / f"{sample.name}.jpg", 255 - expected)
-        assert np.abs(sample.image("fog") + expected.astype(float) - 255).mean() < 9  # it is read from there
+    stored = data.load_dataset(tmp_path, "val")
+    for k, condition in itertools.product(range(2), CORRUPTIONS):
+        name = stored[k].name
+        expected = data.degrade(plain[k].image(), condition, data.seed_of(name, condition))
+        assert np.array_equal(plain[k].image(condition), expected)
+        assert np.array_equal(stored[k].image(condition), expected)
+        assert np.array_equal(data.read_image(tmp_path / folder / condition / f"{name}.jpg"), expected)
 
 def test_the_lack_of_one_download_does_not_hide_the_others(tmp_path, capsys):
     write_layout("acdc-semantic", tmp_path)
@@ -2661,462 +2432,378 @@ def test_the_lack_of_one_download_does_not_hide_the_others(tmp_path, capsys):
         path.unlink()
     assert run_cli(data.main, tmp_path) is None
     shown = capsys.readouterr().out
-    assert "train (acdc): 2 images" in shown
-    assert "train_ref (acdc): 0 images; 0 files skipped: nothing to use here" in shown
+    for words in ("train (acdc): 2 images", "train_ref (acdc): 0 images; 0 files skipped: nothing to use here"):
+        assert words in shown
     assert run_cli(data.main, tmp_path, "--split", "train_ref") == 2
 
-# Files of other forms, and names that repeat.
+# Forms of COCO's JSON, and names that repeat.
 
-BOX = 8, 20, 40, 40
+A, B = pair(0)
+IN_A = area(A).astype(np.uint8)
+IN_B = area(B).astype(np.uint8)
+IMAGE = photo(A, B)
+VAL = "annotations/instances_val2017.json"
 
-def put_coco(root, files, change=lambda content: None, mark=b""):
-    """Writes a COCO file of an object in each of these images, changed. Returns the folder of the images."""
+def coco(*files, change=lambda content: None):
+    """COCO's JSON, changed, of these images, each with the objects A and B."""
     images = []
     annotations = []
     for k, file in enumerate(files):
         images.append(dict(id=k, file_name=file, height=64, width=96))
-        annotations.append(dict(id=10 + k, image_id=k, category_id=1, segmentation=[ring(*BOX)]))
+        for n, shape in enumerate(([ring(*A)], rle(IN_B))):
+            annotations.append(dict(id=10 * k + n, image_id=k, category_id=1, segmentation=shape))
     content = dict(images=images, annotations=annotations, categories=[dict(id=1, name="cat")])
     change(content)
-    put(root / "annotations" / "instances_val2017.json", mark + json.dumps(content).encode())
-    return root / "val2017"
+    return json.dumps(content)
 
 def of_first(key, **values):
     """A change of the first record of a list."""
     return lambda content: content[key][0].update(values)
 
-X0, Y0, X1, Y1 = BOX
-CORNERS = [[X0, Y0], [X1, Y0], [X1, Y1], [X0, Y1]]
+def load_coco(root, *files, present=None, **change):
+    """The dataset of such a JSON. present: the images that are there, if not all."""
+    put(root / VAL, coco(*files, **change))
+    for file in present or files:
+        put(root / "val2017" / file, IMAGE)
+    return data.load_dataset(root, "val")
 
-@pytest.mark.parametrize("change", [
-    of_first("annotations", image_id="0", category_id="1"),
-    of_first("annotations", image_id=0.0, category_id=1.0, id=10.0),
-    of_first("images", id="0"),
-    of_first("categories", id=1.0),
-    of_first("annotations", segmentation=ring(*BOX)),
-    of_first("annotations", segmentation=list(map(float, ring(*BOX)))),
-    of_first("annotations", segmentation=CORNERS),
-    of_first("annotations", segmentation=[CORNERS]),
-    of_first("annotations", segmentation=dict(size=[64, 96], counts=list(map(float, runs(area(BOX)))))),
-    of_first("annotations", segmentation=dict(size=["64", 96.0], counts=list(map(str, runs(area(BOX)))))),
-    of_first("images", height="64", width=96.0),
-    of_first("images", height=None, width=None),
-    lambda content: content.update(licenses={}, info=[])])
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_common_forms_of_coco_files_are_read(tmp_path, change, mark):
-    put(put_coco(tmp_path, ["1.jpg"], change, mark) / "1.jpg", photo(BOX))
-    sample = data.load_dataset(tmp_path, "val")[0]
-    assert np.array_equal(sample.masks(), [area(BOX)])
-    assert sample.indices == (10,)
-    assert sample.labels == ("cat",)
+CORNERS = np.reshape(ring(*A), (4, 2)).tolist()
+RUNS = dict(size=["64", 96.0], counts=[f"{run}.0" for run in rle(IN_A)["counts"]])
+
+@pytest.mark.parametrize("change, label", [
+    (of_first("annotations", image_id="0", category_id=1.0, id=0.0), "cat"),
+    (of_first("annotations", segmentation=ring(*map(float, A))), "cat"),
+    (of_first("annotations", segmentation=CORNERS), "cat"),
+    (of_first("annotations", segmentation=RUNS), "cat"),
+    (of_first("images", height="64", width=96.0), "cat"),
+    (of_first("images", height=None, width=None), "cat"),
+    (of_first("images", file_name=None, coco_url="http://x.org/val2017/1.jpg"), "cat"),
+    (of_first("categories", id=1.0, name=7), "7"),
+    (lambda content: content.pop("categories"), None),
+    (lambda content: content["annotations"][0].pop("category_id"), None)])
+def test_common_forms_of_coco_files_are_read(tmp_path, change, label):
+    sample, = load_coco(tmp_path, "1.jpg", change=change)
+    assert np.array_equal(sample.masks(), [IN_A, IN_B])
+    assert sample.indices == (0, 1)
+    assert sample.labels[0] == label
 
 @pytest.mark.parametrize("values, reason", [
     (dict(segmentation=[None]), "of fewer than 3 points"),
-    (dict(segmentation=[[1, 2], 3, 4]), "malformed"),
     (dict(iscrowd="x"), "malformed"),
     (dict(image_id={}), "of an unknown image")])
 def test_a_malformed_annotation_ends_no_run(tmp_path, values, reason):
-    folder = put_coco(tmp_path, ["1.jpg", "2.jpg"], of_first("annotations", **values))
-    put(folder / "1.jpg", photo(BOX))
-    put(folder / "2.jpg", photo(BOX))
-    dataset = data.load_dataset(tmp_path, "val")
-    assert names_of(dataset) == ["2"]
-    assert dataset.left_out[reason] == 1
-
-@pytest.mark.parametrize("change, label", [
-    (of_first("categories", name=7), "7"),
-    (lambda content: content.pop("categories"), None),
-    (lambda content: content["annotations"][0].pop("category_id"), None)])
-def test_classes_that_are_odd_or_missing(tmp_path, change, label):
-    put(put_coco(tmp_path, ["1.jpg"], change) / "1.jpg", photo(BOX))
-    assert data.load_dataset(tmp_path, "val")[0].labels == (label,)
+    dataset = load_coco(tmp_path, "1.jpg", change=of_first("annotations", **values))
+    assert np.array_equal(dataset[0].masks(), [IN_B])
+    assert dataset.left_out == {reason: 1}
 
 @pytest.mark.parametrize("written", [
     "1.jpg", "./a/1.jpg", "a\\1.jpg", "C:\\photos\\a\\1.jpg", "val2017/a/1.jpg", "/data/a/1.jpg", "a//1.png",
     "https://x.org/val2017/a/1.jpg?size=3", "file:///home/a/1.JPG"])
 def test_paths_of_images_as_tools_write_them(tmp_path, written):
-    folder = put_coco(tmp_path, [written])
-    put(folder / "a" / "1.jpg" if "a" in written else folder / "1.jpg", photo(BOX))
-    assert names_of(data.load_dataset(tmp_path, "val")) == ["1"]
+    dataset = load_coco(tmp_path, written, present=["a/1.jpg" if "a" in written else "1.jpg"])
+    assert names_of(dataset) == ["1"]
 
-def test_an_image_of_which_only_the_address_is_known(tmp_path):
-    put(put_coco(tmp_path, [None], of_first("images", coco_url="http://x.org/val2017/1.jpg")) / "1.jpg", photo(BOX))
-    assert names_of(data.load_dataset(tmp_path, "val")) == ["1"]
-
-@pytest.mark.parametrize("written", ["\ud800.jpg", "a\nb.jpg", "\0.jpg", ".", "..", "x" * 999])
-def test_paths_that_cannot_be_are_named_in_one_line(tmp_path, written):
-    put_coco(tmp_path, [written])
-    with refused("no such image", kind=data.MissingError):
-        data.load_dataset(tmp_path, "val")
-
-@pytest.mark.parametrize("on_disk, written", [("NFD", "NFC"), ("NFC", "NFD")])
-def test_accents_are_those_of_the_disk_or_of_the_file(tmp_path, on_disk, written):
-    disk, listed = (unicodedata.normalize(form, "é") for form in (on_disk, written))
-    put(put_coco(tmp_path / "coco", [f"{listed}.jpg"]) / f"{disk}.jpg", photo(BOX))
-    put_split(tmp_path / "pair", {disk: (smooth(), None), listed: (None, squares())})
-    for root, split in ((tmp_path / "coco", "val"), (tmp_path / "pair", "test")):
-        assert names_of(data.load_dataset(root, split)) == ["é"]
-
-@pytest.mark.parametrize("change, words", [
-    (of_first("images", id=1), ["two records of 1", "a/1.jpg", "b/1.jpg"]),
-    (lambda content: content["categories"].append(dict(id="1", name="dog")), ["two records of 1", "cat", "dog"]),
-    (of_first("images", file_name="b/1.jpg"), ["b/1.jpg: ", "two images of this name"])])
-def test_records_that_contradict_each_other_are_refused(tmp_path, change, words):
-    folder = put_coco(tmp_path, ["a/1.jpg", "b/1.jpg"], change)
-    for side in "ab":
-        put(folder / side / "1.jpg", photo(BOX))
-    with refused("instances_val2017.json", *words, kind=data.DatasetError):
-        data.load_dataset(tmp_path, "val", strict=True)
-
-def repeated_in_coco(root, files):
-    return put_coco(root, files), "val"
-
-def repeated_in_via(root, files):
-    project = {}
-    for k, file in enumerate(files):
-        project[k] = dict(filename=file, regions=[via_region("polygon", BOX, 0)])
-    put(root / "annotations" / "vehicle-annotations.json", project)
-    return root / "images", "all"
-
-@pytest.mark.parametrize("write", [repeated_in_coco, repeated_in_via])
 @pytest.mark.parametrize("files, expected", [
     (["a/1.png", "b/1.png", "2.png"], ["2", "a/1", "b/1"]),
     (["1.png", "1.bmp", "2.png"], ["1.bmp", "1.png", "2"]),
     (["a/1.png", "a/1.bmp", "b/1.png"], ["a/1.bmp", "a/1.png", "b/1"])])
-def test_names_are_unique_where_stems_repeat(tmp_path, write, files, expected):
-    folder, split = write(tmp_path, files)
-    for k, file in enumerate(files):
-        put(folder / file, smooth(64, 96, k))
-    dataset = data.load_dataset(tmp_path, split)
-    assert names_of(dataset) == expected
+def test_names_are_unique_where_stems_repeat(tmp_path, files, expected):
+    dataset = load_coco(tmp_path, *files)
     for sample in dataset:
-        assert np.array_equal(sample.image(), smooth(64, 96, files.index(os.path.relpath(sample.clear, folder))))
+        k = files.index(os.path.relpath(sample.clear, tmp_path / "val2017"))
+        put(tmp_path / "val2017" / files[k], smooth(64, 96, k))
+        assert np.array_equal(sample.image(), smooth(64, 96, k))
+    assert names_of(dataset) == expected
     assert len({sample.prompts()[0].tobytes() for sample in dataset}) == 3
-    fly = [sample.image("fog") for sample in dataset]
-    assert run_cli(data.main, tmp_path, "--corrupt", "--split", split, "--export-prompts", tmp_path / "p.json") is None
-    for sample, image in zip(data.load_datasets([tmp_path], split, True, [tmp_path / "p.json"])[0], fly):
-        assert np.array_equal(sample.image("fog"), image)
-        sample.prompts()
-    (folder / files[0]).unlink()  # the names of the others stay, and none is read in its place
-    assert len({*expected} - {*names_of(data.load_dataset(tmp_path, split))}) == 1
-
-def test_no_image_is_read_in_place_of_a_missing_one_that_shares_its_stem(tmp_path):
-    def change(content):
-        content["images"].append(dict(content["images"][0], id=9, file_name="1.jpg"))  # an image without masks
-
-    put(put_coco(tmp_path, ["a/1.jpg", "2.jpg"], change) / "1.jpg", photo(BOX))
-    put(tmp_path / "val2017" / "2.jpg", photo(BOX))
-    dataset = data.load_dataset(tmp_path, "val")
-    assert names_of(dataset) == ["2"]
-    assert "a/1.jpg: no such image" in dataset.skipped[0]
+    assert run_cli(data.main, tmp_path, "--corrupt") is None
+    assert len(list(tmp_path.glob("degraded/val/fog/**/*.jpg"))) == 3
+    (tmp_path / "val2017" / files[0]).unlink()  # the names of the others stay, and none is read in its place
+    assert len({*expected} - {*names_of(data.load_dataset(tmp_path, "val"))}) == 1
 
 def test_names_are_unique_where_frames_repeat(tmp_path):
     write_layout("acdc-semantic", tmp_path)
     for folder in list(tmp_path.rglob("GOPR0475")):
         shutil.copytree(folder, folder.parent / "GOPR0476")
-    expected = []
-    for frame in ("fog/val/GOPR047{}/GOPR0475_frame_000042", "night/val/GOPR047{}/GOPR0475_frame_000043"):
-        expected += frame.format(5), frame.format(6)
-    assert names_of(data.load_dataset(tmp_path, "val")) == expected
+    names = names_of(data.load_dataset(tmp_path, "val"))
+    assert names[:2] == [f"fog/val/{folder}/GOPR0475_frame_000042" for folder in ("GOPR0475", "GOPR0476")]
+    assert len(names) == 4
 
-def test_two_files_that_could_be_the_same_sample_are_named(tmp_path):
-    root = put_split(tmp_path, {"a": (smooth(), squares()), "b": (smooth(), squares())})
-    put(root / "test" / "clear" / "a.png", smooth())
-    dataset = data.load_dataset(root, "test")
-    assert names_of(dataset) == ["b"]
-    assert "a.npy: belongs to" in dataset.skipped[-1]
-    assert "a.jpg or to" in dataset.skipped[-1]
+# Run lengths, polygons, connected parts, JSON, prompts in a file.
 
-def test_masks_of_one_id_have_prompts_of_their_own(tmp_path):
-    def change(content):
-        content["annotations"] *= 3
-
-    put(put_coco(tmp_path, ["1.jpg"], change) / "1.jpg", photo(BOX))
-    dataset = data.load_dataset(tmp_path, "val")
-    points, _ = dataset[0].prompts()
-    assert dataset[0].indices == (10, "10+", "10++")
-    assert len({clicks.tobytes() for clicks in points}) == 3
-    data.export_prompts([dataset], tmp_path / "p.json")
-    data.pin_prompts([dataset], [tmp_path / "p.json"])
-    assert np.array_equal(dataset[0].prompts()[0], points)
-
-def test_linked_folders_are_followed_and_circles_are_left(tmp_path):
-    truth = write_layout("acdc-semantic", tmp_path / "acdc")
-    shots = tmp_path / "acdc" / "rgb_anon"
-    shutil.move(shots / "fog", tmp_path / "elsewhere")
-    (shots / "fog").symlink_to(tmp_path / "elsewhere")
-    (shots / "circle").symlink_to(shots)
-    assert names_of(data.load_dataset(tmp_path / "acdc", "val")) == sorted(truth)
-
-def test_each_dataset_takes_the_prompts_file_that_fits(tmp_path):
-    roots = [tmp_path / "0", tmp_path / "1"]
-    files = [tmp_path / "0.json", tmp_path / "1.json"]
-    for k, (root, file) in enumerate(zip(roots, files)):
-        data.make_demo(root, 0, 0, 3, seed=k)
-        data.export_prompts([data.load_dataset(root, "test")], file)
-    for dataset in data.load_datasets(roots, "test", prompt_files=files[::-1]):
-        for sample in dataset:
-            sample.prompts()
-    shutil.copy(files[0], tmp_path / "copy.json")
-    with refused("0.json and ", "copy.json: both", kind=data.DatasetError):
-        data.load_datasets(roots[:1], "test", prompt_files=[files[0], tmp_path / "copy.json"])
-
-@pytest.mark.parametrize("layout, pattern", [
-    ("streets", "*annotations.json"),
-    ("thinobject", "*.txt"),
-    ("lis", "*.json"),
-    ("acdc-panoptic", "*.json")])
-def test_byte_order_marks_are_passed_over(tmp_path, layout, pattern):
-    truth = write_layout(layout, tmp_path)
-    for path in tmp_path.rglob(pattern):
-        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert names_of(data.load_dataset(tmp_path, "val")) == sorted(truth)
-
-# Masks by pycocotools 2.0.11: polygons, height, width, area, compressed run lengths.
+# By pycocotools 2.0.11: polygons, height, width, compressed run lengths.
 POLYGONS = [
-    ([[3.25, 4.5, 40.75, 6.12, 33.4, 30.99, 12.08, 27.61]], 40, 50, 701,
+    ([[3.25, 4.5, 40.75, 6.12, 33.4, 30.99, 12.08, 27.61]], 40, 50,
      "U53U13M2N3M2N3M3M2N2N00000000001O00000000010O00000000001O000000L4M3M3L4M3L4MU;"),
-    ([[-7.31, 5.2, 20.5, -6.4, 61.87, 22.05, 18.33, 52.7]], 40, 50, 1661,
+    ([[-7.31, 5.2, 20.5, -6.4, 61.87, 22.05, 18.33, 52.7]], 40, 50,
      "2a0g02M3N2M3N2N2N1O2N2N2Nbf0O_YO001O1O001O1O0O2N2O0O2N2O0O2N2N101N2N2OB"),
-    ([[2, 3, 12, 3, 12, 9, 2, 9]], 20, 24, 60, "[16>00000000000000000]7"),
-    ([[5.5, 5.5, 5.5, 5.5, 18.25, 7.75, 18.25, 7.75, 9.1, 16.4, 9.1, 16.4]], 20, 24, 61, "n32b03M3M2NO2N1O1O1O1O1OV4"),
-    ([[7.1, 7.2, 7.6, 7.3, 7.4, 7.9]], 16, 16, 1, "g31X4"),
-    ([[7.1, 7.2, 9.31, 7.05, 8.94, 9.4]], 16, 16, 2, "W42g3"),
-    ([[1.5, 1.5, 10.5, 1.5, 10.5, 8.5, 1.5, 8.5], [6.25, 4.75, 21.4, 6.6, 14.2, 18.8]], 20, 24, 146,
+    ([[1.5, 1.5, 10.5, 1.5, 10.5, 8.5, 1.5, 8.5], [6.25, 4.75, 21.4, 6.6, 14.2, 18.8]], 20, 24,
      "Z17=0000000000001O21OO1N1O1ON2O1N2N2O1Nh1"),
-    ([[0, 0, 24, 0, 24, 20, 0, 20]], 20, 24, 480, "0P?"),
-    ([[2.17, 1.42, 28.63, 28.91, 2.44, 28.35, 27.9, 1.08]], 30, 30, 368,
-     "m11m01KO[O2c0O]O2a0O_O2?OA2=0B1<0D1:0F180H160J131M011O0O11OO11N11ON31MN51KN71IN91GN;1EN>0BO`00@Ob00^OOd00\\OOf005"
-     "OP1")]
+    ([[2.17, 1.42, 28.63, 28.91, 2.44, 28.35, 27.9, 1.08]], 30, 30,
+     "m11m01KO[O2c0O]O2a0O_O2?OA2=0B1<0D1:0F180H160J131M011O0O11OO11N11ON31MN51KN71IN91GN;1EN>0BO`00@Ob00^OOd00\\OOf00"
+     "5OP1")]
 
-@pytest.mark.parametrize("parts, height, width, area, counts", POLYGONS)
-def test_polygons_as_pycocotools_fills_them(parts, height, width, area, counts):
+@pytest.mark.parametrize("parts, height, width, counts", POLYGONS)
+def test_polygons_as_pycocotools_fills_them(parts, height, width, counts):
     mask = data.polygon_mask(parts, height, width)
     assert mask.dtype == bool
-    assert mask.shape == (height, width)
-    assert mask.sum() == area
     assert data.rle_encode(mask) == dict(size=[height, width], counts=counts)
-    for form in (counts, counts.encode(), runs(mask)):
+    for form in (counts, counts.encode()):
         assert np.array_equal(data.rle_decode(dict(size=[height, width], counts=form)), mask)
 
 def test_run_lengths_of_many_masks():
     rng = np.random.default_rng(0)
-    wide = np.zeros((300, 700), bool)  # runs of more than two characters
-    wide[5, 9] = wide[299, 650:] = True
-    small = [rng.random(rng.integers(1, 14, 2)) < (0, 0.1, 0.5, 0.9, 1)[k % 5] for k in range(2000)]
-    for mask in [wide, *small]:
-        encoded = data.rle_encode(mask)
-        assert np.array_equal(data.rle_decode(encoded), mask)
-        assert np.array_equal(data.rle_decode(dict(size=mask.shape, counts=runs(mask))), mask)
+    for k in range(300):
+        mask = rng.random(rng.integers(1, 14, 2)) < (0, 0.1, 0.5, 0.9, 1)[k % 5]
+        mask = mask.repeat(99, 0) if k == 9 else mask  # runs of more than two characters
+        assert np.array_equal(data.rle_decode(data.rle_encode(mask)), mask)
+        assert np.array_equal(data.rle_decode(rle(mask)), mask)
 
-@pytest.mark.parametrize("counts", [
-    "", "~", "P", "0", "é", "7K5", "[16>0", "oooooooooooooo1",
-    [], [5], [7, -1], [6.5], [[6]],
-    [2**62] * 4 + [6], [2**63, 2**63, 6], [10**30],
-    [None], None])
+@pytest.mark.parametrize("counts", ["", "~", "P", "0", "é", "7K5", "oooooooooooooo1", [], [5], [7, -1], [6.5], [[6]],
+                                    [2**62] * 4 + [6], [2**63, 2**63, 6], [10**30], [None], None])
 def test_run_lengths_that_do_not_fit(counts):
     with pytest.raises((ValueError, TypeError)):
         data.rle_decode(dict(size=[2, 3], counts=counts))
 
-BAD_OUTLINES = [
-    [1, 2, 3],
-    [1, 2, math.nan, 4, 5, 6],
-    [0, 0, 1e9, 0, 9, 9],
-    [0, 0, math.inf, 2, 3, 4]]
-
-@pytest.mark.parametrize("corners", BAD_OUTLINES)
-def test_outlines_that_make_no_sense(corners):
+@pytest.mark.parametrize("x", [[9], [9, math.nan], [9, 1e9]])
+def test_outlines_that_make_no_sense(x):
     with pytest.raises(ValueError):
-        data.polygon_mask([corners], 20, 30)
+        data.outline_mask([0, 0, *x], [1, 2, 3, 4], 20, 30)
     with pytest.raises(ValueError):
-        data.outline_mask(corners[::2], corners[1::2], 20, 30)
+        data.polygon_mask([[1, 2, 3, 4, *x]], 20, 30)
 
 def test_polygons_that_are_too_long():
     with refused("longer than two million pixels"):
         data.polygon_mask([[9e4, -9e4, -9e4, 9e4] * 30], 20, 30)
 
 def flood(mask):
-    """The connected parts of a mask, numbered from 1 in reading order, by spreading from pixel to pixel."""
-    parts, number = np.zeros(mask.shape, int), 0
-    for start in map(tuple, np.argwhere(mask)):
-        if parts[start]:
-            continue
-        number += 1
-        todo = [start]
-        while todo:
-            y, x = todo.pop()
-            inside = 0 <= y < mask.shape[0] and 0 <= x < mask.shape[1]
-            if inside and mask[y, x] and not parts[y, x]:
-                parts[y, x] = number
-                todo += [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-    return parts
+    """The connected parts of a mask, numbered from 1 in reading order: low numbers spread."""
+    parts = np.where(mask, np.arange(mask.size).reshape(mask.shape), mask.size)
+    for _ in range(mask.size):
+        around = np.lib.stride_tricks.sliding_window_view(np.pad(parts, 1, constant_values=mask.size), (3, 3))
+        parts = np.where(mask, around.min((2, 3)), mask.size)
+    return mask * (1 + np.searchsorted(np.unique(parts), parts))
 
 def test_components_against_a_flood():
     rng = np.random.default_rng(0)
-    for k in range(150):
-        mask = rng.random(rng.integers(1, 14, 2)) < (0, 0.3, 0.45, 0.6, 1)[k % 5]
+    for k in range(100):
+        mask = rng.random(rng.integers(1, 11, 2)) < (0, 0.3, 0.45, 0.6, 1)[k % 5]
         parts, areas = data.components(mask)
         expected = flood(mask)
         assert np.array_equal(parts, expected)
         assert areas.tolist() == np.bincount(expected.ravel())[1:].tolist()
 
-@pytest.mark.parametrize("layout, pattern, broken", [
-    ("msra10k", "*.png", np.ones((20, 30), np.uint8)),
-    ("bdd100k", "labels/**/*.png", np.full((20, 30, 4), (1, 0, 0, 1), np.uint8)),
-    ("acdc-semantic", "gt/**/*.png", np.full((20, 30), 13, np.uint8)),
-    ("coco", "val2017/*.jpg", smooth(20, 30))])
-def test_masks_of_another_size_are_refused(tmp_path, layout, pattern, broken):
-    write_layout(layout, tmp_path)
-    for path in tmp_path.rglob(pattern):
-        put(path, broken)
-    with refused("30 x 20", "96 x 64", kind=data.SampleError):
-        data.load_dataset(tmp_path, "val")[0].masks()
-
-def test_run_lengths_of_another_size_are_refused(tmp_path):
-    shape = dict(size=[96, 64], counts=[6144])
-    put(put_coco(tmp_path, ["1.jpg"], of_first("annotations", segmentation=shape)) / "1.jpg", photo(BOX))
-    with refused("instances_val2017.json", "[96, 64]", kind=data.SampleError):
-        data.load_dataset(tmp_path, "val")[0].masks()
-
-@pytest.mark.parametrize("options", [dict(), dict(indent=1), dict(ensure_ascii=False)])
+@pytest.mark.parametrize("options", [{"indent": 1}, {"ensure_ascii": False}])
 def test_json_is_walked_as_json_reads_it(tmp_path, options):
-    deep = {"x": [[], {}, [None, True, False], {"y": {"z": [-1, 2.5e-3, 1e+9]}}], "": "]}[{,:\"\\/\b\n"}
-    content = {"info": deep, "version": -1.25e+10, "name": "Würfel 象 🐘",
-               "a": [deep, 1e22, None, "ü\\\"", [[1.5, 2]], 3],
-               "empty": [], "b": [{"id": n, "text": "é" * n} for n in range(20)], "end": 1.75}
-    path = tmp_path / "x.json"
-    whole = json.dumps(content, **options).encode()
-    path.write_bytes(whole)
+    deep = {"x": [[], {}, [None, True], {"y": {"z": [-1, 2.5e-3, 1e+9]}}], "": "]}[{,:\"\\/\b\n"}
+    content = {"info": deep, "version": -1.25e+10, "a": [deep, 1e22, "ü\\\"", [[1.5, 2]]], "empty": [],
+               "b": [{"text": "象🐘"}, {"text": "é"}], "end": 1.75}
+    whole = json.dumps(content, **options)
+    put(tmp_path / "x.json", whole)
     lists = {"a": [], "b": []}
-    for key, record, start, length in data.json_records(path):
-        lists[key].append(json.loads(whole[start:start + length]))
+    for key, record, start, length in data.json_records(tmp_path / "x.json"):
+        lists[key].append(json.loads(whole.encode()[start:start + length]))
         if key == "b":
             assert data._utf8(record["text"]) == lists[key][-1]["text"]
     assert lists == {"a": content["a"], "b": content["b"]}
-    for end in range(0, len(whole) - 1, 7):
-        path.write_bytes(whole[:end])
-        with pytest.raises(ValueError):
-            list(data.json_records(path))
 
-@pytest.mark.parametrize("text", ["", " ", "[1]", '{"a": [1 2]}', '{"a" [1]}', '{"a": [1}', '{"a": [{"b": 1]]}', "{1",
-                                  '{"a": [tru]}', '{"a": [' + '{"b": ' * 9999, '{"a": ["' + "x" * 9999, '{"a": "b" 3}',
-                                  "é", '{"a": [1]'])
+@pytest.mark.parametrize("text", [
+    "", " ", "é", "{1", "[1]", '{"a" [1]}', '{"a": [1 2]}', '{"a": [1}', '{"a": [1]', '{"a": [{"b": 1]]}',
+    '{"a": [tru]}', '{"a": "b" 3}', '{"a": [' + '{"b": ' * 9999, '{"a": ["' + "x" * 9999])
 def test_json_that_is_none(tmp_path, text):
     put(tmp_path / "x.json", text)
     with pytest.raises((ValueError, RecursionError)):
         list(data.json_records(tmp_path / "x.json"))
 
-@pytest.fixture
-def pinned(tmp_path):
-    """A set and its prompts file."""
-    write_layout("coco", tmp_path / "coco")
+def test_exported_prompts_are_those_that_are_drawn(tmp_path):
+    def change(content):
+        content["annotations"] *= 2  # two masks of each id, which have prompts of their own
+
+    dataset = load_coco(tmp_path, "1.jpg", "2.jpg", change=change)
     path = tmp_path / "p.json"
-    assert run_cli(data.main, tmp_path / "coco", "--split", "val", "--export-prompts", path) is None
-    return tmp_path / "coco", path
-
-def test_exported_prompts_are_those_that_are_drawn(pinned, tmp_path):
-    root, path = pinned
-    data.export_prompts([data.load_dataset(root, "val")], tmp_path / "1.json", seed=1)
-    points = []
-    for seed, file in enumerate((path, tmp_path / "1.json")):
-        drawn = [sample.prompts(seed=seed) for sample in data.load_dataset(root, "val")]
-        dataset = data.load_datasets([root], "val", prompt_files=[file])[0]
-        for samples in (dataset, data.Union([dataset])):
-            for sample, expected in zip(samples, drawn, strict=True):
-                assert all(map(np.array_equal, sample.prompts(), expected))
-        points.append(np.concatenate([clicks for clicks, _ in drawn]))
-    assert (points[0] != points[1]).any()
-    assert not list(tmp_path.glob("*part*"))
-
-def test_the_form_of_a_prompts_file(pinned):
-    root, path = pinned
+    assert run_cli(data.main, tmp_path, "--export-prompts", path, "--seed", 1) is None
     content = json.loads(path.read_text())
-    samples = content["sets"][0].pop("samples")
-    assert content == dict(format="gara-sam prompts 1", sets=[dict(kind="coco", split="val", seed=0)])
-    for sample in data.load_dataset(root, "val"):
-        entry = samples.pop(sample.name)
-        assert entry["size"] == [64, 96]
-        for index, points, box in zip(sample.indices, *sample.prompts(), strict=True):
-            assert entry["masks"][str(index)] == dict(points=points.tolist(), box=box.tolist())
-    assert not samples
+    entries = content["sets"][0].pop("samples")
+    pinned, = data.load_datasets([tmp_path], "val", prompt_files=[path])
+    assert content == dict(format="gara-sam prompts 1", sets=[dict(kind="coco", split="val", seed=1)])
+    assert entries.keys() == {"1", "2"}
+    assert dataset[1].indices == (10, 11, "10+", "11+")
+    for sample, other in zip(dataset, data.Union([pinned]), strict=True):
+        points, boxes = sample.prompts(seed=1)
+        assert not np.array_equal(sample.prompts()[0], points)
+        assert len({clicks.tobytes() for clicks in points}) == 4
+        assert all(map(np.array_equal, other.prompts(), (points, boxes)))
+        masks = {}
+        for index, clicks, box in zip(sample.indices, points, boxes, strict=True):
+            masks[str(index)] = dict(points=clicks.tolist(), box=box.tolist())
+        assert entries[sample.name] == dict(size=[64, 96], masks=masks)
 
-SAMPLES = "sets", 0, "samples"
-SAMPLE = *SAMPLES, "000000000139"
-MASK = *SAMPLE, "masks", "5000"
+def test_each_dataset_takes_the_prompts_file_that_fits(tmp_path):
+    roots = []
+    files = [tmp_path / "0.json", tmp_path / "1.json"]
+    for k, file in enumerate(files):
+        roots.append(put_split(tmp_path / str(k), {"a": (smooth(), np.roll(squares(), 9 * k, 2))}))
+        data.export_prompts([data.load_dataset(roots[k], "test")], file)
+    several = data.Union(data.load_datasets(roots, "test", prompt_files=files[::-1]))
+    assert [sample.clear for sample in several] == [str(root / "test/clear/a.jpg") for root in roots]
+    several[0].prompts(), several[1].prompts()
+    shutil.copy(files[0], tmp_path / "copy.json")
+    with refused("0.json and ", "copy.json: both", kind=data.DatasetError):
+        data.load_datasets(roots[:1], "test", prompt_files=[files[0], tmp_path / "copy.json"])
+
+SAMPLE = "sets", 0, "samples", "1"
+MASK = *SAMPLE, "masks", "0"
 
 @pytest.mark.parametrize("place, value, words", [
     (("format",), "x", "format 'x'"),
     (("sets",), None, "not a prompts file"),
-    (SAMPLES, 3, "not a prompts file"),
     (("sets", 0, "kind"), "lvis", "no prompts for coco val, but for lvis val"),
-    (SAMPLE, None, "1 of 3 samples of"),
-    ((*SAMPLE, "size"), [96, 64], "of 000000000139, 96 x 64 pixels"),
-    (MASK, None, "no three points"),
-    ((*MASK, "points"), [[20, 30], [20, 30]], "no three points"),
+    (SAMPLE, None, "1 of 2 samples of"),
+    ((*SAMPLE, "size"), [96, 64], "of 1, 96 x 64 pixels"),
     ((*MASK, "points", 2, 0), 2, "no three points"),  # outside of the mask
     ((*MASK, "points", 0, 1), 10**400, "no three points"),
-    ((*MASK, "points", 0, 0), 20.5, "no three points"),
-    ((*MASK, "points", 1, 0), math.nan, "no three points"),
-    ((*MASK, "box", 2), 50, "another box for mask 5000")])
-@pytest.mark.filterwarnings("ignore:invalid value")
-def test_prompts_files_that_do_not_fit(pinned, tmp_path, place, value, words):
-    root, path = pinned
+    ((*MASK, "box", 2), 50, "another box for mask 0")])
+def test_prompts_files_that_do_not_fit(tmp_path, place, value, words):
+    path = tmp_path / "changed.json"
+    data.export_prompts([load_coco(tmp_path, "1.jpg", "2.jpg")], path)
     content = json.loads(path.read_text())
     *above, last = place
     functools.reduce(lambda node, key: node[key], above, content)[last] = value
-    put(tmp_path / "changed.json", content)
+    put(path, content)
     with refused("changed.json", words, kind=data.DatasetError):
-        data.load_datasets([root], "val", prompt_files=[tmp_path / "changed.json"])
+        data.load_datasets([tmp_path], "val", prompt_files=[path])
 
-ODD_VALUES = (None, "a", "../x", "\0", -1, 1.5, 10**30, 2**62, math.nan, 1e308, True, [], {}, [None], [[1e9] * 6],
-              {"size": [64, 96], "counts": [2**62] * 4})
+# Your own images.
 
-def spots_of(node):
-    """Yields (container, key) of every value in a JSON file."""
-    if isinstance(node, (dict, list)):
-        for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
-            yield node, key
-            yield from spots_of(value)
+NUMBERS = IN_A + 2 * IN_B
+BOTH = 255 * (IN_A + IN_B)
 
-def mutated(rng, path):
-    """The file's bytes after an accident: cut, bits flipped, or a value of its JSON exchanged."""
-    content = bytearray(path.read_bytes())
-    if path.suffix == ".json" and rng.random() < 0.7:
-        content = json.loads(content)
-        spots = list(spots_of(content))
-        node, key = spots[rng.integers(len(spots))]
-        node[key] = ODD_VALUES[rng.integers(len(ODD_VALUES))]
-        return json.dumps(content).encode()
-    if rng.random() < 0.4:
-        return bytes(content[:rng.integers(len(content))])
-    reach = min(len(content), rng.choice([100, 10**6]))
-    for at in rng.integers(0, reach, rng.integers(1, 6)):
-        content[at] = rng.integers(256)
-    return bytes(content)
+def palette_image(numbers):
+    """The bytes of a PNG whose palette's indices are these numbers."""
+    image = Image.fromarray(numbers)
+    image.putpalette(np.random.default_rng(0).bytes(768))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
-@pytest.mark.filterwarnings("ignore")
-def test_damaged_files_end_in_an_error_of_the_dataset(tmp_path):
-    rng, outcomes = np.random.default_rng(0), Counter()
-    for layout in LAYOUTS:
-        root = tmp_path / layout
-        write_layout(layout, root)
-        files = sorted(path for path in root.rglob("*") if path.is_file())
-        annotations = [path for path in files if path.suffix == ".json"] or files
-        for k in range(16):
-            some = files if k % 2 else annotations
-            path = some[rng.integers(len(some))]
-            before = path.read_bytes()
-            path.write_bytes(mutated(rng, path))
-            try:
-                for sample in data.load_dataset(root, ("train", "val")[k // 2 % 2], layout.split("-")[0]):
-                    sample.image(), sample.prompts(), sample.labels
-                outcomes["fine"] += 1
-            except data.DatasetError as error:
-                assert "\n" not in str(error)
-                outcomes["refused"] += 1
-            path.write_bytes(before)
-    assert outcomes["refused"] > 40
-    assert outcomes["fine"] > 40
+def yolo_line(label, box):
+    shares = np.array(ring(*box)) / (96, 64, 96, 64, 96, 64, 96, 64)
+    return f"{label} {' '.join(map(str, shares))}\n"
+
+YOLO = yolo_line(3, A) + "\n" + yolo_line(0, B) + "1 0.5 0.5 0.2 0.2\n"  # the last a box, which is no outline
+VOID = NUMBERS.copy()
+VOID[40:60, :9] = 255
+HALF = Image.fromarray(BOTH).resize((48, 32))
+ENLARGED = np.array(HALF.resize((96, 64), Image.Resampling.BILINEAR))
+
+# The form, the image, its masks, the split that their paths tell of.
+FORMS = {
+    "folder imgs/a.jpg masks/a.png all": NUMBERS,
+    "folder clear/a.jpg masks/a.png all": np.uint16(700) * NUMBERS,
+    "folder JPEGImages/a.jpg SegmentationObject/a.png all": palette_image(VOID),
+    "folder train/images/a.jpg train/labels/a.png train": 100 * IN_A + 255 * IN_B,
+    "folder images/train/a.jpg masks/train/a.png train": np.dstack([IN_A, IN_B, IN_B]),
+    "folder set/images/Training/a.jpg set/annotations/Training/a.npy train": np.stack([IN_A, IN_B]),
+    "yolo images/a.jpg labels/a.txt all": YOLO,
+    "coco images/a.jpg mine.json all": coco("a.jpg"),
+    "coco images/a.jpg labels/coco_train.json train": coco("images/a.jpg"),
+    "acdc rgb_anon/fog/val/a.png gt_detection/instancesonly_val_gt_detection.json val": coco("fog/val/a.png"),
+    "coco valid/a.jpg valid/_annotations.coco.json val": coco("a.jpg"),
+    "coco test/images/a.jpg annotations/instances-test.json test": coco("a.jpg"),
+    "coco val2017/a.jpg annotations/mine.json all": coco("a.jpg")}
+LABELS = {"folder": (None, None), "yolo": ("3", "0")}
+
+@pytest.mark.parametrize("form", FORMS)
+def test_own_data_is_read_to_the_pixel(tmp_path, form):
+    kind, image, source, split = form.split()
+    put_all(tmp_path, {image: IMAGE, source: FORMS[form]})
+    dataset = data.load_dataset(tmp_path, split)
+    sample, = pickle.loads(pickle.dumps(dataset))
+    assert dataset.kind == kind
+    assert data.find_splits(tmp_path)[1] == [split]
+    assert np.array_equal(sample.masks(), [IN_A, IN_B])
+    assert sample.labels == LABELS.get(kind, ("cat", "cat"))
+    assert os.path.samefile(sample.clear, tmp_path / image)
+    assert dataset.summary().endswith(f"0 files skipped; first: {sample.clear} with {tmp_path / source}")
+    if kind == "coco":
+        _, (alone,), listing = data.find_splits(tmp_path / source)
+        assert os.path.samefile(listing(alone).samples[0].clear, tmp_path / image)
+
+@pytest.mark.parametrize("image, masks", [
+    ("train/images/a.jpg", {"train/masks/a_1.png": IN_A, "train/masks/a_two_2.png": 255 * IN_B}),
+    ("train/images/a.jpg", {"train/annotations/a/1.png": IN_A, "train/annotations/a/2.png": IN_B}),
+    ("train/clear/a.jpg", {"train/masks/a.npy": np.stack([IN_A, IN_B]), "train/masks/a_.png": BOTH})])  # Robust-Seg's
+def test_several_files_of_masks(tmp_path, image, masks):
+    put_all(tmp_path, {image: IMAGE} | masks)
+    sample, = data.load_dataset(tmp_path, "train")
+    assert np.array_equal(sample.masks(), [IN_A, IN_B])
+
+ONE = BOTH > 0
+BINARY = [BOTH, ONE, BOTH // 255, palette_image(BOTH), soft(ONE), np.dstack([soft(ONE)] * 3)]
+
+@pytest.mark.parametrize("content, expected", [*zip(BINARY, itertools.repeat(ONE)), (ENLARGED, ENLARGED >= 128)])
+def test_binary_masks_are_one_object(tmp_path, content, expected):
+    put_all(tmp_path, {"images/a.jpg": IMAGE, "masks/a.png": content})
+    sample, = data.load_dataset(tmp_path, "all")
+    assert np.array_equal(sample.masks(), [expected])
+
+@pytest.mark.parametrize("settled, masks", [
+    ("folder={root}", {"masks/a.png": NUMBERS, "labels/a.txt": YOLO}),
+    ("coco={root}", {"masks/a.png": NUMBERS, "mine.json": coco("a.jpg")}),
+    ("coco={root}/other.json", {"mine.json": coco("a.jpg"), "other.json": coco("a.jpg")}),
+    ("folder={root}/annotations/", {"masks/a.png": NUMBERS, "annotations/a.png": NUMBERS}),
+    ("folder={root}/two/masks/", {"masks/a.png": NUMBERS, "two/images/a.jpg": IMAGE, "two/masks/a.png": NUMBERS})])
+def test_ambiguous_sets_name_what_settles_it(tmp_path, settled, masks):
+    put_all(tmp_path, {"images/a.jpg": IMAGE} | masks)
+    settled = settled.format(root=tmp_path)
+    with refused(settled, kind=data.DatasetError):
+        data.load_dataset(tmp_path, "all")
+    dataset, = data.load_datasets([settled], "all")
+    assert f"{dataset.kind}={dataset[0].source}".startswith(settled)
+
+# What is refused.
+
+DOCS = [reader.__doc__ for reader in (data.KINDS | data.OWN).values()]
+CLEAR = {"test/clear/a.jpg": smooth()}
+SPLIT = CLEAR | {"test/masks/a.npy": squares()}
+OWN = {"images/a.jpg": IMAGE}
+OF_FIRST = json.loads(coco("a/1.jpg"))["annotations"]
+ODD_PATHS = "\ud800.jpg", "a\nb.jpg", "\0.jpg", ".", "..", "x" * 999
+VIA = "annotations/vehicle-annotations.json"
+
+# [Dataset] split, files, words of the message.
+@pytest.mark.parametrize("place, files, words", [
+    ("void test", {"void/x": None}, "no dataset found ... " + " ... ".join(DOCS)),
+    (". test", CLEAR, "masks ... masks.zip"),
+    (". test", CLEAR | {"test/masks/b.npy": squares()}, "1 images ... 1 .npy"),
+    ("coco=. test", SPLIT, "instances_<split>2017.json ... holds: test"),
+    ("test test", SPLIT, "parent folder"),
+    (". test", SPLIT | {"test/fog/a.png": smooth(20, 20)}, "a.png: is 20 x 20 pixels (width x height), but"),
+    (". test", SPLIT | {"test/fog/a.png": smooth(), "test/fog/a.TIF": smooth()}, "a.png and "),
+    (". val", {VAL: coco(*ODD_PATHS)}, "no such image"),
+    (". val", {VAL: coco("1.jpg"), "val2017/1.jpg": smooth(20, 30)}, "30 x 20 ... 96 x 64"),
+    (". val", {VAL: coco("1.jpg", change=of_first("annotations", segmentation=rle(IN_A.T))),
+               "val2017/1.jpg": IMAGE}, f"{VAL} ... [96, 64]"),
+    (". val", {VAL: coco("a/1.jpg", "b/1.jpg", change=of_first("images", id=1))}, "two records of 1 ... a/1.jpg"),
+    (". val", {VAL: coco("1.jpg", change=lambda content: content["categories"].append({"id": 1, "name": "dog"}))},
+     "two records of 1 ... cat ... dog"),
+    (". val", {VAL: coco("b/1.jpg", "b/1.jpg"), "val2017/b/1.jpg": IMAGE}, "two images of this name"),
+    (". val", {VAL: coco("a/1.jpg", "1.jpg", change=lambda content: content.update(annotations=OF_FIRST)),
+               "val2017/1.jpg": IMAGE}, "a/1.jpg: no such image"),
+    (". train", {"train.json": coco("a.jpg"), "val.json": coco("a.jpg"), "val/a.jpg": IMAGE},
+     "no such image ... train.json"),
+    (". all", {VIA: {"a": {"filename": 3}}}, f"{VIA}: not a VIA project, or damaged"),
+    (". all", OWN | {"masks/a_1.png": IN_A, "masks/a_2.png": IN_B[:40]}, "masks/a_2.png ... 96 x 40 ... 96 x 64"),
+    (". all", OWN | {"labels/a.txt": "0 0.1 0.2 0.3\n"}, "labels/a.txt ... cannot"),
+    (". all", OWN | {"masks/b.png": NUMBERS}, "masks ... of 1 images none has a mask ... STEM_ANY.*"),
+    ("mine.json all", {"mine.json": dict(shapes=[])}, 'mine.json: no COCO file ... "images" ... export'),
+    ("mine.json all", {"mine.json": '{"images": ["segmentation"'}, "mine.json: not a COCO file, or damaged")])
+def test_what_is_refused_is_named_in_one_line(tmp_path, monkeypatch, place, files, words):
+    monkeypatch.chdir(put_all(tmp_path, files))
+    root, split = place.split()
+    with refused(*words.split(" ... "), kind=data.DatasetError):
+        dataset, = data.load_datasets([root], split)
+        for sample in dataset:
+            sample.image("fog"), sample.masks()
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 
@@ -3184,210 +2871,6 @@ def assert_same_run(a, b):
     for folder in (a, b):
         timeless.append([line | dict(images_per_second=0, waiting=0) for line in log_of(folder)])
     assert timeless[0] == timeless[1]
-
-# Your own images.
-
-A, B = pair(0)
-IN_A = area(A).astype(np.uint8)
-IN_B = area(B).astype(np.uint8)
-NUMBERS = IN_A + 2 * IN_B
-BOTH = 255 * (IN_A + IN_B)
-
-def palette_image(numbers):
-    """The bytes of a PNG whose palette's indices are these numbers."""
-    image = Image.fromarray(numbers)
-    image.putpalette(np.random.default_rng(0).bytes(768))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-def own_set(root, masks, image="images/a.jpg"):
-    """A set of one's own: an image of A and B, and {path: content}. Returns its folder."""
-    put(root / "own" / image, photo(A, B))
-    for path, content in masks.items():
-        put(root / "own" / path, content)
-    return root / "own"
-
-def own_coco(file_name="a.jpg"):
-    """COCO's JSON of that image."""
-    annotations = []
-    for shape in [ring(*A)], dict(size=[64, 96], counts=runs(IN_B)):
-        annotations.append(dict(id=len(annotations), image_id=1, category_id=1, segmentation=shape))
-    image = dict(id=1, height=64, width=96, file_name=file_name)
-    cat = dict(id=1, name="cat")
-    return dict(images=[image], annotations=annotations, categories=[cat])
-
-def yolo_line(label, box):
-    shares = np.array(ring(*box)) / (96, 64, 96, 64, 96, 64, 96, 64)
-    return f"{label} {' '.join(map(str, shares))}\n"
-
-YOLO = yolo_line(3, A) + "\n" + yolo_line(0, B)
-VOID = NUMBERS.copy()
-VOID[40:60, :9] = 255
-HALF = Image.fromarray(BOTH).resize((48, 32))
-ENLARGED = np.array(HALF.resize((96, 64), Image.Resampling.BILINEAR))
-OWN_FORMS = {
-    "numbers": ("folder", {"masks/a.png": NUMBERS}),
-    "16 bits": ("folder", {"masks/a.png": np.uint16(700) * NUMBERS}),
-    "white is a number": ("folder", {"masks/a.png": 100 * IN_A + 255 * IN_B}),
-    "palette": ("folder", {"SegmentationObject/a.png": palette_image(NUMBERS)}),
-    "void": ("folder", {"masks/a.png": palette_image(VOID)}),
-    "colours": ("folder", {"masks/a.png": np.dstack([IN_A, IN_B, IN_B])}),
-    "files": ("folder", {"masks/a_1.png": IN_A, "masks/a_two_2.png": 255 * IN_B}),
-    "folder of files": ("folder", {"annotations/a/1.png": IN_A, "annotations/a/2.png": IN_B}),
-    "stack": ("folder", {"masks/a.npy": np.stack([IN_A, IN_B])}),
-    "outlines": ("yolo", {"labels/a.txt": YOLO}),
-    "coco": ("coco", {"mine.json": own_coco()}),
-    "coco with a folder in file_name": ("coco", {"mine.json": own_coco("images/a.jpg")}),
-    "coco below": ("coco", {"annotations/mine.json": own_coco()})}
-
-@pytest.mark.parametrize("form", OWN_FORMS)
-def test_own_data_is_read_to_the_pixel(tmp_path, form):
-    kind, masks = OWN_FORMS[form]
-    dataset = data.load_dataset(own_set(tmp_path, masks), "all")
-    sample, = pickle.loads(pickle.dumps(dataset))
-    assert dataset.kind == kind
-    assert np.array_equal(sample.masks(), [IN_A, IN_B])
-
-BINARY = {
-    "white": BOTH,
-    "bits": BOTH > 0,
-    "ones": BOTH // 255,
-    "rgb": np.dstack([BOTH] * 3),
-    "palette": palette_image(BOTH),
-    "soft": soft(BOTH > 0),
-    "soft rgb": np.dstack([soft(BOTH > 0)] * 3)}
-
-@pytest.mark.parametrize("form", BINARY)
-def test_binary_masks_are_one_object(tmp_path, form):
-    root = own_set(tmp_path, {"masks/a.png": BINARY[form]})
-    sample, = data.load_dataset(root, "all")
-    assert np.array_equal(sample.masks(), [BOTH > 0])
-
-def test_enlarged_masks_are_one_object(tmp_path):
-    root = own_set(tmp_path, {"masks/a.png": ENLARGED})
-    sample, = data.load_dataset(root, "all")
-    assert np.array_equal(sample.masks(), [ENLARGED >= 128])
-
-@pytest.mark.parametrize("image, masks", [
-    ("imgs/a.jpg", "masks/a.png"),
-    ("clear/a.jpg", "masks/a.png"),
-    ("JPEGImages/a.jpg", "labels/a.png"),
-    ("train/images/a.jpg", "train/masks/a.png"),
-    ("train/clear/a.jpg", "train/masks/a.png"),
-    ("images/train/a.jpg", "masks/train/a.png"),
-    ("set/images/Training/a.jpg", "set/annotations/Training/a.png")])
-def test_own_folders(tmp_path, image, masks):
-    root = own_set(tmp_path, {masks: NUMBERS}, image)
-    kind, (split,), listing = data.find_splits(root)
-    assert kind == "folder"
-    assert split == ("train" if "rain" in image else "all")
-    assert len(listing(split).samples) == 1
-
-@pytest.mark.parametrize("image, file, split", [
-    ("images/a.jpg", "labels/coco_train.json", "train"),
-    ("train2017/a.jpg", "annotations/train.json", "train"),
-    ("valid/a.jpg", "valid/_annotations.coco.json", "val"),
-    ("test/images/a.jpg", "annotations/instances-test.json", "test"),
-    ("val2017/a.jpg", "annotations/mine.json", "all")])
-def test_own_coco_files(tmp_path, image, file, split):
-    root = own_set(tmp_path, {file: own_coco()}, image)
-    whole = data.load_dataset(root, split)
-    _, (alone,), listing = data.find_splits(root / file)
-    assert os.path.samefile(whole[0].clear, root / image)
-    sample, = listing(alone).samples
-    assert os.path.samefile(sample.clear, root / image)
-
-def test_own_coco_file_takes_no_image_of_another_split(tmp_path):
-    root = own_set(tmp_path, {"train.json": own_coco(), "val.json": own_coco()}, "val/a.jpg")
-    with refused("train.json", "no such image", kind=data.MissingError):
-        data.load_dataset(root, "train")
-
-def test_own_val_is_made_by_name(tmp_path):
-    names = named("{}", "train", 3) + named("{}", "val")
-    for name in names:
-        root = own_set(tmp_path, {f"masks/{name}.png": NUMBERS}, f"images/{name}.jpg")
-    train, val = (data.load_dataset(root, split) for split in ("train", "val"))
-    assert names_of(train) == names[:3]
-    assert names_of(val) == sorted(names[3:])
-
-@pytest.mark.parametrize("form, labels", [
-    ("coco", ("cat", "cat")),
-    ("outlines", ("3", "0")),
-    ("numbers", (None, None))])
-def test_own_classes_are_labels(tmp_path, form, labels):
-    _, masks = OWN_FORMS[form]
-    sample, = data.load_dataset(own_set(tmp_path, masks), "all")
-    assert sample.labels == labels
-
-def test_boxes_are_no_outlines(tmp_path):
-    root = own_set(tmp_path, {"labels/a.txt": YOLO + "1 0.5 0.5 0.2 0.2\n"})
-    sample, = data.load_dataset(root, "all")
-    assert len(sample.masks()) == 2
-    assert sample.left_out == {"empty": 1}
-
-@pytest.mark.parametrize("form, evidence", [
-    ("coco", "own/all (coco): 1 images, 2 masks; 0 files skipped; first: {root}/images/a.jpg with {root}/mine.json"),
-    ("numbers", "own/all (folder): 1 images; 0 files skipped; first: {root}/images/a.jpg with {root}/masks/a.png")])
-def test_what_is_recognised_is_said(tmp_path, form, evidence):
-    _, masks = OWN_FORMS[form]
-    root = own_set(tmp_path, masks)
-    dataset = data.load_dataset(root, "all")
-    assert dataset.summary().endswith(evidence.format(root=root))
-
-AMBIGUOUS = {
-    "folder={root}": {"masks/a.png": NUMBERS, "labels/a.txt": YOLO},
-    "coco={root}": {"masks/a.png": NUMBERS, "mine.json": own_coco()},
-    "coco={root}/other.json": {"mine.json": own_coco(), "other.json": own_coco()},
-    "folder={root}/annotations/": {"masks/a.png": NUMBERS, "annotations/a.png": NUMBERS}}
-
-@pytest.mark.parametrize("settled", AMBIGUOUS)
-def test_ambiguous_sets_name_what_settles_it(tmp_path, settled):
-    root = own_set(tmp_path, AMBIGUOUS[settled])
-    settled = settled.format(root=root)
-    with refused(settled, kind=data.DatasetError):
-        data.load_dataset(root, "all")
-    dataset, = data.load_datasets([settled], "all")
-    assert len(dataset) == 1
-
-def test_sets_side_by_side_name_what_settles_it(tmp_path):
-    own_set(tmp_path, {"one/masks/a.png": NUMBERS}, "one/images/a.jpg")
-    root = own_set(tmp_path, {"two/masks/a.png": NUMBERS}, "two/images/a.jpg")
-    settled = f"folder={root}/two/masks/"
-    with refused(settled, kind=data.DatasetError):
-        data.load_dataset(root, "all")
-    dataset, = data.load_datasets([settled], "all")
-    assert os.path.samefile(dataset[0].clear, root / "two/images/a.jpg")
-
-def test_robustseg_stays_itself_beside_mask_images(tmp_path):
-    put_split(tmp_path, {"a": (smooth(), squares())}, "train")
-    put(tmp_path / "train" / "masks" / "a_shown.png", BOTH)
-    dataset = data.load_dataset(tmp_path, "train")
-    assert dataset.kind == "robustseg"
-
-@pytest.mark.parametrize("masks, words", [
-    ({"masks/a.png": NUMBERS[:40]}, ["masks/a.png", "96 x 40", "96 x 64"]),
-    ({"masks/a_1.png": IN_A, "masks/a_2.png": IN_B[:40]}, ["masks/a_2.png", "96 x 40", "96 x 64"]),
-    ({"masks/a_1.png": IN_A, "masks/a_2.png": b"no image"}, ["masks/a_2.png", "cannot"]),
-    ({"masks/a.png": 0 * NUMBERS}, ["masks/a.png", "no mask to use"]),
-    ({"labels/a.txt": "0 0.1 0.2 0.3\n"}, ["labels/a.txt", "cannot"])])
-def test_bad_own_masks_are_named(tmp_path, masks, words):
-    sample, = data.load_dataset(own_set(tmp_path, masks), "all")
-    with refused(*words, kind=data.SampleError):
-        sample.masks()
-
-@pytest.mark.parametrize("path, masks, words", [
-    ("", {"masks/b.png": NUMBERS}, ["own/masks", "of 1 images none has a mask", "STEM_ANY.*"]),
-    ("", {"mine.json": own_coco("b.jpg")}, ["own/b.jpg: no such image", "mine.json"]),
-    ("", {"masks/a.doc": "text"}, ["no dataset found", "JSON", "beside masks/", "outlines", "holds: images, masks"]),
-    ("mine.json", {"mine.json": dict(shapes=[])}, ["mine.json: no COCO file", '"images"', "export"]),
-    ("mine.json", {"mine.json": '{"images": ["segmentation"'}, ["mine.json", "not a COCO file, or damaged"]),
-    ("mine.json", {}, ["mine.json: no such folder"])])
-def test_mistakes_with_own_data(tmp_path, path, masks, words):
-    root = own_set(tmp_path, masks)
-    words = [word.replace("JSON", ".json in COCO's form") for word in words]
-    with refused(*words, kind=data.DatasetError):
-        data.load_dataset(root / path, "all")
 
 # The loss, the learning rate and the defaults.
 
