@@ -9,7 +9,7 @@ What each part is held against:
     training     the loss and the targets in plain loops; a run stopped and resumed against one that was not
     evaluation   a model that knows the answers, counting in plain loops, SamPredictor
     page         every request, every kind of bad one, two visitors at once
-No network or GPU is needed. Everything takes three minutes on two slow cores.
+No network or GPU is needed. Everything takes under four minutes on two slow cores.
 """
 import argparse
 import base64
@@ -3780,7 +3780,7 @@ def test_who_waits_for_a_process_that_has_ended_says_so(monkeypatch):
     with refused("another process", kind=RuntimeError):
         evaluate.wait_for_all()
 
-def hold(folder, held):
+def hold_until_killed(folder, held):
     with data.alone_in(folder):
         held.set()
         signal.pause()
@@ -3789,7 +3789,7 @@ def test_only_one_program_writes_into_a_folder(copied_test, capsys):
     folder, _ = copied_test
     (folder / "good.json").write_text(stored_text())
     held = FORKED.Event()
-    other = FORKED.Process(target=hold, args=("out", held))
+    other = FORKED.Process(target=hold_until_killed, args=("out", held))
     other.start()
     assert held.wait(30)
     assert run_evaluate(folder, "out", "--no-corrupt") == 2
