@@ -132,6 +132,12 @@ def _reading(path, what):
     return explained(path, f"not {what}, or damaged", DatasetError)
 
 
+def line_of(error):
+    """What an exception says, as one line."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def _why(error):
     """An exception as half a line, without the path, which the caller names."""
     if getattr(error, "strerror", None):

@@ -980,7 +980,7 @@ def main(argv=None):
     try:
         run(args)
     except (data.DatasetError, ValueError, OSError, RuntimeError, AssertionError) as error:  # last: no CUDA in torch
-        print(f"error: {(str(error) or repr(error)).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {data.line_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

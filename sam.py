@@ -1496,7 +1496,7 @@ def segment_everything(args):
 
 def main(argv=None):
     """Segment one image from the command line; returns the exit code. A user's mistake ends in one line."""
-    from data import DatasetError, plain_output
+    from data import DatasetError, line_of, plain_output
 
     plain_output()
     args = parse(argv)
@@ -1504,7 +1504,7 @@ def main(argv=None):
     try:
         segment_everything(args) if args.everything else segment(args)
     except (DatasetError, ValueError, OSError, RuntimeError, AssertionError) as error:  # the last: torch without CUDA
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {line_of(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -87,12 +87,6 @@ class TrainingError(Exception):
     """The run cannot start or go on. One line: what happened and what to do."""
 
 
-def line_of(error):
-    """What an exception says, as one line."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 @contextlib.contextmanager
 def of_one_sample(sample):
     """Whatever goes wrong within is this sample's own error: a SampleError, to be skipped and counted."""
@@ -101,7 +95,7 @@ def of_one_sample(sample):
     except (data.SampleError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {line_of(error)}"
+        reason = f"{type(error).__name__}: {data.line_of(error)}"
         raise data.SampleError(f"{sample.source}: cannot use {sample.name} ({reason})") from error
 
 
@@ -547,7 +541,7 @@ def aside(run, name, write, *values):
     try:
         write(*values, run.folder / name)
     except Exception as error:
-        print(f"{name} could not be written: {line_of(error)}", flush=True)
+        print(f"{name} could not be written: {data.line_of(error)}", flush=True)
 
 
 def log(run, **line):
@@ -585,7 +579,7 @@ def save(run, name, **meta):
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         free = shutil.disk_usage(run.folder).free / 1e6
         raise TrainingError(f"cannot write {path}, {free:,.0f} MB are free there; what was saved before is kept: "
-                            f"make room and --resume ({line_of(error)})") from error
+                            f"make room and --resume ({data.line_of(error)})") from error
 
 
 PROGRESS = ("step", "best", "bad", "bad_in_a_row", "sums", "summed", "lines", "init_sha256")  # of a Run, in last.pt
@@ -737,7 +731,7 @@ def by_rank_0(action, *values):
         try:
             action(*values)
         except (TrainingError, data.DatasetError, OSError) as error:
-            refusal = [line_of(error)]
+            refusal = [data.line_of(error)]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(refusal)
     if refusal[0]:
@@ -1027,7 +1021,7 @@ def choose_device(args, error):
         args.device = torch.device(args.device or (gpu if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as reason:
-        error(f"--device: {line_of(reason)}")
+        error(f"--device: {data.line_of(reason)}")
     if args.amp == "auto":
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
         on_cpu = args.device.type == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
@@ -1049,7 +1043,7 @@ def main(argv=None):
             keep_freed_memory()
         return train(args)
     except (TrainingError, data.DatasetError, OSError, ValueError) as error:
-        print(f"error: {line_of(error)}", file=sys.stderr)
+        print(f"error: {data.line_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)

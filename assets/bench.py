@@ -638,7 +638,7 @@ def parse(argv):
         args.device = torch.device(args.device)
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:  # the last: torch without CUDA
-        parser.error(f"--device: {str(error).splitlines()[0]}")
+        parser.error(f"--device: {data.line_of(error)}")
     return args
 
 
@@ -649,7 +649,7 @@ def main(argv=None):
     try:
         args.bench(args)
     except (train.TrainingError, data.DatasetError, ValueError, OSError, RuntimeError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {data.line_of(error)}", file=sys.stderr)
         return 2
     return 0
 

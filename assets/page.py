@@ -536,7 +536,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nended")
     except (data.DatasetError, ValueError, OSError, RuntimeError, AssertionError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {data.line_of(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -783,7 +783,7 @@ def main(argv=None):
     try:
         study(args)
     except (data.DatasetError, ValueError, OSError, RuntimeError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {data.line_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
